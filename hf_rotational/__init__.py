@@ -1,0 +1,56 @@
+"""Rotational optimizers for Hugging Face Transformers: fine-tune without warmup, layers turning in balance."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from hf_rotational import equilibrium
+    from hf_rotational.monitor.callback import RotationMonitor
+    from hf_rotational.neurons import RotationPlan, plan
+    from hf_rotational.optim.config import RotationalConfig
+    from hf_rotational.optim.factory import RotationalOptimizerFactory
+    from hf_rotational.optim.optimizers import RotationalAdamW
+    from hf_rotational.training.arguments import RotationalTrainingArguments
+    from hf_rotational.training.trainer import RotationalTrainer, RotationalTrainerMixin
+
+__version__ = "0.1.0"
+
+# Imported on first use: an optimizer should not cost the import of the Trainer, nor the Trainer that of a plot.
+_HOME = {
+    "RotationMonitor": "monitor.callback",
+    "RotationPlan": "neurons",
+    "RotationalAdamW": "optim.optimizers",
+    "RotationalConfig": "optim.config",
+    "RotationalOptimizerFactory": "optim.factory",
+    "RotationalTrainer": "training.trainer",
+    "RotationalTrainerMixin": "training.trainer",
+    "RotationalTrainingArguments": "training.arguments",
+    "plan": "neurons",
+}
+
+__all__ = [
+    "RotationMonitor",
+    "RotationPlan",
+    "RotationalAdamW",
+    "RotationalConfig",
+    "RotationalOptimizerFactory",
+    "RotationalTrainer",
+    "RotationalTrainerMixin",
+    "RotationalTrainingArguments",
+    "equilibrium",
+    "plan",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "equilibrium":
+        return importlib.import_module("hf_rotational.equilibrium")
+    if name in _HOME:
+        return getattr(importlib.import_module(f"hf_rotational.{_HOME[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -1,0 +1,1 @@
+"""Measured rotation: angles, a callback that records them, plots."""

@@ -1,0 +1,125 @@
+"""What a user may set about rotation, in one place: the dataclass, and how it reads from strings."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from hf_rotational.optim.inner import check_non_negative
+from hf_rotational.optim.optimizer import check_rotation
+
+
+@dataclass(frozen=True)
+class RotationalConfig:
+    """Settings of the rotational update for a whole model. Round-trips through ``to_dict`` and ``from_dict``.
+
+    Raises:
+        ValueError: for a value out of range (what the optimizer itself checks, it checks when it is built).
+    """
+
+    rotation: str | float = "equilibrium"
+    """Target angle: ``"equilibrium"``, ``"match"`` or radians per step at the peak learning rate."""
+    angle_weight_decay: float = 0.05
+    """Weight decay that sets the ``"equilibrium"`` angle when the training's own is 0, the Trainer's default, at which
+    the angle would be 0. Parameters that do not rotate keep the training's own."""
+    update_norm_decay: float = 0.9
+    """Decay of the running average of the update's size."""
+    rotational_eps: float = 1e-8
+    """Added to the update's size before dividing by it."""
+    centering: str = "none"
+    """``"none"``, ``"updates"`` or ``"weights"``."""
+    granularity: str = "neuron"
+    """``"neuron"`` or ``"tensor"``."""
+    include: tuple[str, ...] = ()
+    """Regular expressions of parameter names that rotate though the plan would leave them out."""
+    exclude: tuple[str, ...] = ()
+    """Regular expressions of parameter names that do not rotate."""
+    embeddings: bool = False
+    """Whether embeddings, and heads tied to them, rotate."""
+
+    def __post_init__(self) -> None:
+        check_rotation(self.rotation)
+        check_non_negative("angle_weight_decay", self.angle_weight_decay)
+        for name in ("include", "exclude"):
+            value = getattr(self, name)
+            object.__setattr__(self, name, (value,) if isinstance(value, str) else tuple(value))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, ready for JSON."""
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in vars(self).items()}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> RotationalConfig:
+        """Builds a config from plain values.
+
+        Raises:
+            ValueError: for a key that is not a setting; lists the settings.
+        """
+        check_keys("rotational setting", values, cls.keys())
+        return cls(**values)
+
+    @classmethod
+    def keys(cls) -> tuple[str, ...]:
+        """Names of the settings."""
+        return tuple(field.name for field in dataclasses.fields(cls))
+
+    def optimizer_options(self) -> dict[str, Any]:
+        """The settings that are keyword arguments of the optimizer; the rest is for the plan."""
+        plan_settings = {"angle_weight_decay", "include", "exclude", "embeddings"}
+        return {name: value for name, value in vars(self).items() if name not in plan_settings}
+
+
+def parse_optim_args(text: str | None) -> dict[str, str]:
+    """Reads the Trainer's ``optim_args``: ``"rotation=match,centering=updates"``.
+
+    Raises:
+        ValueError: for a part that is not ``key=value``.
+    """
+    pairs = {}
+    for part in filter(None, (text or "").replace(" ", "").split(",")):
+        key, equals, value = part.partition("=")
+        if not (key and equals and value):
+            raise ValueError(f"Invalid optim_args: {part!r} in {text!r} (must be key=value pairs, separated by commas)")
+        pairs[key] = value
+    return pairs
+
+
+def parse_settings(values: Mapping[str, str]) -> dict[str, Any]:
+    """Gives settings that came as strings the types of the :class:`RotationalConfig` fields they name.
+
+    Raises:
+        ValueError: for a value that does not read as its field's type.
+    """
+    return {name: _parse(name, value, getattr(RotationalConfig, name)) for name, value in values.items()}
+
+
+def parse_rotation(value: str | float) -> str | float:
+    """A rotation as the command line has it: a number where it reads as one, else the name of a rule."""
+    try:
+        return float(value)
+    except ValueError:
+        return value
+
+
+def check_keys(what: str, given: Mapping[str, Any], valid: tuple[str, ...]) -> None:
+    """Raises ``ValueError`` for the first key that is not valid, listing those that are."""
+    for key in given:
+        if key not in valid:
+            raise ValueError(f"Unknown {what}: {key!r} (valid: {', '.join(valid)})")
+
+
+def _parse(name: str, value: str, default: Any) -> Any:
+    if name == "rotation":
+        return parse_rotation(value)
+    if isinstance(default, bool):
+        if value.lower() not in ("true", "false"):
+            raise ValueError(f"Invalid {name}: {value!r} (must be true or false)")
+        return value.lower() == "true"
+    if isinstance(default, float):
+        try:
+            return float(value)
+        except ValueError:
+            raise ValueError(f"Invalid {name}: {value!r} (must be a number)") from None
+    return value

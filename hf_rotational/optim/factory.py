@@ -1,0 +1,145 @@
+"""From a model and training arguments to an optimizer: what Trainer, factory argument and script flag share."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+from transformers.utils import logging
+
+from hf_rotational.neurons import plan
+from hf_rotational.optim.config import RotationalConfig, check_keys, parse_optim_args, parse_settings
+from hf_rotational.optim.optimizer import RotationalOptimizer
+from hf_rotational.optim.optimizers import RotationalAdamW
+
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
+
+# A child of transformers' logger, so that its verbosity and --log_level govern ours.
+logger = logging.get_logger(f"transformers.{__name__}")
+
+OPTIMIZERS: Mapping[str, Callable[..., RotationalOptimizer]] = MappingProxyType({"rotational_adamw": RotationalAdamW})
+"""Value of ``optim`` to optimizer class."""
+
+
+class RotationalOptimizerFactory:
+    """Builds a rotational optimizer for a model; the Trainer takes it in ``optimizer_cls_and_kwargs``.
+
+    Example::
+
+        Trainer(..., optimizer_cls_and_kwargs=(RotationalOptimizerFactory, {"optim": "rotational_adamw", "lr": 5e-5}))
+
+    The Trainer constructs it without arguments and calls it with the model, which is why all settings are in the call.
+    """
+
+    def __call__(
+        self,
+        model: nn.Module,
+        *,
+        lr: float,
+        optim: str = "rotational_adamw",
+        weight_decay: float = 0.0,
+        decays: Callable[[str], bool] | None = None,
+        **settings: Any,
+    ) -> RotationalOptimizer:
+        """Plans the model, groups its parameters and builds the optimizer.
+
+        Args:
+            model: the model to train.
+            lr: peak learning rate.
+            optim: a key of :data:`OPTIMIZERS`.
+            weight_decay: of parameters that do not rotate, and, unless it is 0, what sets the equilibrium angle of
+                those that do. At 0 (the Trainer's default) ``RotationalConfig.angle_weight_decay`` sets the angle.
+            decays: which parameters that do not rotate decay, by name; by default as the Trainer decides it (no
+                biases, no norms).
+            **settings: fields of :class:`RotationalConfig`, and hyperparameters of the optimizer (``betas``, ``eps``).
+
+        Raises:
+            ValueError: for an unknown optimizer or setting, or a value out of range.
+        """
+        if optim not in OPTIMIZERS:
+            raise ValueError(f"Unknown optim: {optim!r} (valid: {', '.join(OPTIMIZERS)})")
+        cls = OPTIMIZERS[optim]
+        hyperparameters = hyperparameter_names(cls)
+        check_keys("setting", settings, (*RotationalConfig.keys(), *hyperparameters))
+        config = RotationalConfig(**{k: v for k, v in settings.items() if k not in hyperparameters})
+        angle_weight_decay = weight_decay
+        if config.rotation == "equilibrium" and weight_decay == 0:
+            angle_weight_decay = config.angle_weight_decay
+            logger.info(
+                f"weight_decay is 0, at which the equilibrium angle would be 0: the angle uses weight decay "
+                f"{angle_weight_decay} (angle_weight_decay); parameters that do not rotate are not decayed."
+            )
+        rotation_plan = plan(model, include=config.include, exclude=config.exclude, embeddings=config.embeddings)
+        if not rotation_plan.rotating:
+            raise ValueError(f"No parameter of {type(model).__name__} rotates:\n{rotation_plan}")
+        optimizer = cls(
+            rotation_plan.parameter_groups(
+                weight_decay=weight_decay,
+                decays=decays or decays_as_trainer(model),
+                rotating={"weight_decay": angle_weight_decay},
+            ),
+            lr=lr,
+            **{k: v for k, v in settings.items() if k in hyperparameters},
+            **config.optimizer_options(),
+        )
+        angles = {optimizer.target_rotation(group) for group in optimizer.param_groups if group["rotational"]}
+        logger.info(
+            f"{type(optimizer).__name__}: {rotation_plan.summary()}; target angle at lr={lr:g}: "
+            f"{', '.join(f'{angle:.3g}' for angle in sorted(angles))} rad/step."
+        )
+        return optimizer
+
+
+def factory_kwargs(args: TrainingArguments) -> dict[str, Any]:
+    """The factory's keyword arguments, read from training arguments.
+
+    Raises:
+        ValueError: for an ``optim_args`` key that is not a rotational setting.
+    """
+    return {
+        "optim": str(getattr(args.optim, "value", args.optim)),
+        "lr": args.learning_rate,
+        "weight_decay": args.weight_decay,
+        "betas": (args.adam_beta1, args.adam_beta2),
+        "eps": args.adam_epsilon,
+        **factory_settings(args),
+    }
+
+
+def factory_settings(args: TrainingArguments) -> dict[str, Any]:
+    """The rotational settings among training arguments.
+
+    They come from the ``rotation*`` fields of :class:`~hf_rotational.RotationalTrainingArguments`, where ``args`` has
+    them, and from ``optim_args`` (``"rotation=match,centering=updates"``), which wins.
+
+    Raises:
+        ValueError: for an ``optim_args`` key that is not a rotational setting.
+    """
+    given, settings = parse_optim_args(args.optim_args), RotationalConfig.keys()
+    check_keys("optim_args key", given, settings)
+    fields = {name: getattr(args, argument_name(name), None) for name in settings}
+    return {name: value for name, value in fields.items() if value is not None} | parse_settings(given)
+
+
+def argument_name(setting: str) -> str:
+    """The training argument that carries a setting: ``centering`` is ``rotation_centering``."""
+    return setting if setting == "rotation" else f"rotation_{setting.removeprefix('rotational_')}"
+
+
+def decays_as_trainer(model: nn.Module) -> Callable[[str], bool]:
+    """The Trainer's own rule of which parameters decay, by name."""
+    from transformers import Trainer  # slow to import, and only needed where a Trainer is in use anyway
+
+    names = frozenset(Trainer.get_decay_parameter_names(None, model))  # type: ignore[arg-type]
+    return names.__contains__
+
+
+def hyperparameter_names(cls: Callable[..., RotationalOptimizer]) -> tuple[str, ...]:
+    """Names of an optimizer's own hyperparameters beside learning rate and weight decay, such as ``betas``."""
+    shared = {"params", "lr", "weight_decay"}
+    parameters = inspect.signature(cls).parameters.values()
+    return tuple(p.name for p in parameters if p.kind is not p.VAR_KEYWORD and p.name not in shared)

@@ -1,0 +1,96 @@
+"""The rotation core: one step on the sphere, for any direction any inner optimizer comes up with.
+
+A *neuron* is a slice of a weight tensor; ``dims`` are the dims that are reduced over, i.e. those that do not index
+neurons. Per-neuron statistics keep the reduced dims with size 1, so that they broadcast against the weight.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def reduced_dims(ndim: int, neuron_dims: tuple[int, ...]) -> tuple[int, ...]:
+    """The dims of a tensor that one neuron spans: all but ``neuron_dims`` (negative dims count from the end)."""
+    neurons = {dim % ndim for dim in neuron_dims}
+    return tuple(dim for dim in range(ndim) if dim not in neurons)
+
+
+def center_(tensor: Tensor, dims: tuple[int, ...]) -> Tensor:
+    """Subtracts from every neuron the mean of its entries, in place."""
+    return tensor.sub_(tensor.mean(dims, keepdim=True))
+
+
+def neuron_norm(weight: Tensor, dims: tuple[int, ...]) -> Tensor:
+    """Euclidean norm of every neuron, reduced dims kept with size 1."""
+    norm: Tensor = torch.linalg.vector_norm(weight, dim=dims, keepdim=True)
+    return norm
+
+
+def update_size_(
+    update: Tensor, weight: Tensor, norm: Tensor, update_norm_sq: Tensor, *, decay: float, dims: tuple[int, ...]
+) -> Tensor:
+    """Makes ``update`` tangent to the sphere and enters its size in the running average, both in place.
+
+    ``u -= p <u,p>/n^2;  nu = decay nu + (1-decay) |u|^2`` (paper, algorithm 1).
+
+    Returns:
+        ``|u|^2`` of the tangent update, per neuron.
+    """
+    # A neuron of norm 0 has no tangent space: its update stays as it is (see rotate_).
+    inverse_sq = torch.where(norm > 0, norm.square().reciprocal(), 0.0)
+    radial = (update * weight).sum(dims, keepdim=True).mul_(inverse_sq)
+    update.addcmul_(weight, radial, value=-1)
+    size_sq = update.square().sum(dims, keepdim=True)
+    update_norm_sq.lerp_(size_sq, 1 - decay)
+    return size_sq
+
+
+def rotate_(
+    weight: Tensor,
+    update: Tensor,
+    *,
+    norm: Tensor,
+    update_norm_sq: Tensor,
+    step: int,
+    angle: float,
+    lr: float,
+    decay: float,
+    eps: float,
+    dims: tuple[int, ...],
+) -> None:
+    """Turns every neuron of ``weight`` by ``angle`` radians on average along ``-update``, its norm held at ``norm``,
+    in place.
+
+    One step of the paper's algorithm 1, written once for every optimizer::
+
+        u  -= p <u,p>/n^2                       the radial part goes
+        nu  = decay nu + (1-decay) |u|^2        running average of the update's size, bias corrected by 1-decay^step
+        p  -= angle n u/(sqrt(nu^)+eps)         a tangent step of the target size
+        p  *= n/|p|                             back to the sphere
+
+    Neurons are independent: a NaN or an infinity in one neuron's update makes that neuron NaN, as it would with the
+    plain optimizer, and no other. A neuron whose norm was 0 when its state was made has no direction to turn: it
+    takes the plain step ``p -= lr u`` for good. A neuron whose tangent update is exactly 0 keeps its weights bit for
+    bit.
+
+    Args:
+        weight: the parameter, in the dtype to compute in.
+        update: the inner optimizer's direction, without learning rate and weight decay; overwritten.
+        norm: norm to hold, per neuron.
+        update_norm_sq: ``nu``, per neuron; updated in place. With ``angle == lr == 0`` it is all that is updated.
+        step: how many updates ``update_norm_sq`` has seen, this one included.
+        angle: target angle in radians per step; a realised angle is ``atan(angle |u|/sqrt(nu^))``.
+        lr: learning rate, for neurons of norm 0 only.
+        decay: of the running average; 0 makes every step exactly ``atan(angle)``.
+        eps: added to the update's size before dividing by it.
+        dims: the dims one neuron spans.
+    """
+    size_sq = update_size_(update, weight, norm, update_norm_sq, decay=decay, dims=dims)
+    if lr == 0:
+        return
+    size = (update_norm_sq / (1 - decay**step)).sqrt_().add_(eps)
+    rotates = norm > 0
+    weight.addcmul_(update, torch.where(rotates, angle * norm / size, lr), value=-1)
+    # Rescaling a neuron that did not move would still round it, so it is left alone.
+    weight.mul_(torch.where(rotates & (size_sq != 0), norm / neuron_norm(weight, dims), 1.0))

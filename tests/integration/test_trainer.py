@@ -1,0 +1,114 @@
+"""RotationalTrainer and the stock Trainer with our factory, trained and looked at from outside."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import Dataset
+from torch import nn
+from transformers import (
+    AutoModelForSequenceClassification,
+    BertConfig,
+    BertForSequenceClassification,
+    Trainer,
+    TrainingArguments,
+    set_seed,
+)
+
+from hf_rotational import (
+    RotationalOptimizerFactory,
+    RotationalTrainer,
+    RotationalTrainingArguments,
+    RotationMonitor,
+    plan,
+)
+
+SETTINGS = {"learning_rate": 1e-3, "max_steps": 12, "logging_steps": 4, "use_cpu": True, "disable_tqdm": True}
+
+
+def model() -> BertForSequenceClassification:
+    set_seed(0)
+    return BertForSequenceClassification(
+        BertConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=48, vocab_size=40)
+    )
+
+
+@pytest.fixture(scope="module")
+def dataset() -> Dataset:
+    rows = [[(7 * row + column) % 40 for column in range(6)] for row in range(64)]
+    return Dataset.from_dict({"input_ids": rows, "labels": [row[0] % 2 for row in rows]})
+
+
+def norms(module: nn.Module) -> torch.Tensor:
+    return torch.cat([entry.parameter.detach().norm(dim=1) for entry in plan(module).rotating])
+
+
+def test_trains_at_constant_norm_and_saves_a_plain_checkpoint(tmp_path: Path, dataset: Dataset) -> None:
+    trained, start = model(), norms(model())
+    monitor = RotationMonitor()
+    trainer = RotationalTrainer(
+        model=trained,
+        args=RotationalTrainingArguments(output_dir=str(tmp_path), **SETTINGS),
+        train_dataset=dataset,
+        callbacks=[monitor],
+    )
+    trainer.train()
+    trainer.save_model()
+
+    torch.testing.assert_close(norms(trained), start, rtol=1e-5, atol=0.0)
+    reloaded = AutoModelForSequenceClassification.from_pretrained(tmp_path)
+    for (name, ours), theirs in zip(trained.named_parameters(), reloaded.parameters(), strict=True):
+        assert torch.equal(ours, theirs), name
+
+    assert [record["step"] for record in monitor.records] == list(range(1, 13))
+    # The first step has no history: its update is its own running average, so it turns by exactly the target.
+    assert monitor.records[0]["rotation"] == pytest.approx(monitor.records[0]["target"], rel=1e-4)
+    lines = (tmp_path / RotationMonitor.FILE_NAME).read_text(encoding="utf-8").splitlines()
+    assert [json.loads(line) for line in lines] == monitor.records
+    logged = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert [entry["rotation_target"] for entry in logged] == [
+        pytest.approx(record["target"]) for record in monitor.records[3::4]
+    ]
+
+
+def test_the_factory_in_the_stock_trainer_gives_the_same_weights(tmp_path: Path, dataset: Dataset) -> None:
+    ours = RotationalTrainer(
+        model=model(), args=RotationalTrainingArguments(output_dir=str(tmp_path), **SETTINGS), train_dataset=dataset
+    )
+    ours.train()
+    stock = Trainer(
+        model=model(),
+        args=TrainingArguments(output_dir=str(tmp_path), **SETTINGS),
+        train_dataset=dataset,
+        optimizer_cls_and_kwargs=(RotationalOptimizerFactory, {"optim": "rotational_adamw", "lr": 1e-3}),
+    )
+    stock.train()
+    for (name, first), second in zip(ours.model.named_parameters(), stock.model.parameters(), strict=True):
+        assert torch.equal(first, second), name
+
+
+def test_with_a_stock_optimizer_it_is_the_stock_trainer(tmp_path: Path, dataset: Dataset) -> None:
+    arguments = {**SETTINGS, "output_dir": str(tmp_path), "optim": "adamw_torch"}
+    ours = RotationalTrainer(model=model(), args=RotationalTrainingArguments(**arguments), train_dataset=dataset)
+    ours.train()
+    stock = Trainer(model=model(), args=TrainingArguments(**arguments), train_dataset=dataset)
+    stock.train()
+    for first, second in zip(ours.model.parameters(), stock.model.parameters(), strict=True):
+        assert torch.equal(first, second)
+
+
+def test_resumed_equals_uninterrupted(tmp_path: Path, dataset: Dataset) -> None:
+    arguments = {**SETTINGS, "output_dir": str(tmp_path), "save_steps": 6, "rotation": "match"}
+
+    def trainer() -> RotationalTrainer:
+        args = RotationalTrainingArguments(**arguments)
+        return RotationalTrainer(model=model(), args=args, train_dataset=dataset)
+
+    # One after the other: constructing a Trainer seeds the dropout of what trains next.
+    whole = trainer()
+    whole.train()
+    resumed = trainer()
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-6"))
+    for (name, first), second in zip(whole.model.named_parameters(), resumed.model.parameters(), strict=True):
+        assert torch.equal(first, second), name

@@ -1,0 +1,110 @@
+"""From a model and training arguments to the optimizer."""
+
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from transformers import Trainer, TrainingArguments
+from transformers.utils import logging as transformers_logging
+
+from hf_rotational import RotationalConfig, RotationalOptimizerFactory, equilibrium
+from hf_rotational.optim.config import parse_optim_args
+from hf_rotational.optim.factory import factory_kwargs
+
+
+@pytest.fixture
+def model() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Embedding(7, 6), nn.Linear(6, 5), nn.LayerNorm(5))
+
+
+@pytest.fixture
+def info_lines(caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
+    transformers_logging.enable_propagation()
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_info()
+    caplog.set_level(logging.INFO)
+    yield caplog
+    transformers_logging.set_verbosity(verbosity)
+    transformers_logging.disable_propagation()
+
+
+def angle(optimizer: torch.optim.Optimizer) -> float:
+    (angle,) = {optimizer.target_rotation(group) for group in optimizer.param_groups if group["rotational"]}  # type: ignore[attr-defined]
+    return float(angle)
+
+
+def test_weight_decay_0_means_the_default_for_the_angle_and_says_so_once(
+    model: nn.Module, info_lines: pytest.LogCaptureFixture
+) -> None:
+    optimizer = RotationalOptimizerFactory()(model, optim="rotational_adamw", lr=5e-5)
+    assert angle(optimizer) == equilibrium.adamw(lr=5e-5, weight_decay=0.05).rotation
+    assert [group["weight_decay"] for group in optimizer.param_groups if not group["rotational"]] == [0.0]
+    assert len([line for line in info_lines.messages if "weight decay 0.05 (angle_weight_decay)" in line]) == 1
+
+
+def test_the_users_weight_decay_sets_the_angle_and_decays_the_rest(
+    model: nn.Module, info_lines: pytest.LogCaptureFixture
+) -> None:
+    optimizer = RotationalOptimizerFactory()(model, lr=5e-5, weight_decay=0.2)
+    assert angle(optimizer) == equilibrium.adamw(lr=5e-5, weight_decay=0.2).rotation
+    decays = {group["weight_decay"] for group in optimizer.param_groups if not group["rotational"]}
+    assert decays == {0.2, 0.0}
+    assert not [line for line in info_lines.messages if "angle_weight_decay" in line]
+
+
+def test_undecayed_parameters_are_the_trainers(model: nn.Module) -> None:
+    optimizer = RotationalOptimizerFactory()(model, lr=5e-5, weight_decay=0.2)
+    undecayed = {id(p) for g in optimizer.param_groups if g["weight_decay"] == 0 for p in g["params"]}
+    expected = set(Trainer.get_decay_parameter_names(None, model))  # type: ignore[arg-type]
+    assert undecayed == {id(p) for name, p in model.named_parameters() if name not in expected}
+    assert undecayed
+
+
+def test_settings_reach_plan_and_optimizer(model: nn.Module) -> None:
+    optimizer = RotationalOptimizerFactory()(
+        model, lr=1e-4, betas=(0.8, 0.9), rotation=0.01, centering="updates", embeddings=True
+    )
+    (rotating,) = [group for group in optimizer.param_groups if group["rotational"]]
+    assert [tuple(parameter.shape) for parameter in rotating["params"]] == [(7, 6), (5, 6)]
+    assert (rotating["betas"], rotating["rotation"], rotating["centering"]) == ((0.8, 0.9), 0.01, "updates")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"optim": "adamw"}, "Unknown optim: 'adamw' .*rotational_adamw"),
+        ({"rotations": 1.0}, "Unknown setting: 'rotations' .*rotation, .*centering.*betas"),
+        ({"rotation": "fast"}, "Invalid rotation: 'fast'"),
+        ({"angle_weight_decay": -1.0}, "Invalid angle_weight_decay: -1.0"),
+        ({"exclude": "."}, "No parameter of Sequential rotates"),
+    ],
+)
+def test_bad_settings(model: nn.Module, settings: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        RotationalOptimizerFactory()(model, lr=1e-4, **settings)  # type: ignore[arg-type]
+
+
+def test_optim_args_are_read_and_checked(tmp_path: Path) -> None:
+    args = TrainingArguments(output_dir=str(tmp_path), optim_args="rotation=match, centering=updates,embeddings=true")
+    kwargs = factory_kwargs(args)
+    assert (kwargs["rotation"], kwargs["centering"], kwargs["embeddings"]) == ("match", "updates", True)
+    args.optim_args = "rotation=0.02"
+    assert factory_kwargs(args)["rotation"] == 0.02
+    args.optim_args = "rotatoin=match"
+    with pytest.raises(ValueError, match=r"Unknown optim_args key: 'rotatoin' .*rotation, .*exclude"):
+        factory_kwargs(args)
+    args.optim_args = "embeddings=maybe"
+    with pytest.raises(ValueError, match="Invalid embeddings: 'maybe'"):
+        factory_kwargs(args)
+    with pytest.raises(ValueError, match="Invalid optim_args: 'match' in 'match'"):
+        parse_optim_args("match")
+
+
+def test_config_round_trips() -> None:
+    config = RotationalConfig(rotation=0.01, include=("head", "embed"), centering="weights")
+    assert RotationalConfig.from_dict(config.to_dict()) == config
+    with pytest.raises(ValueError, match="Unknown rotational setting: 'angle'"):
+        RotationalConfig.from_dict({"angle": 1})
