@@ -11,7 +11,8 @@ if TYPE_CHECKING:
     from hf_rotational.neurons import RotationPlan, plan
     from hf_rotational.optim.config import RotationalConfig
     from hf_rotational.optim.factory import RotationalOptimizerFactory
-    from hf_rotational.optim.optimizers import RotationalAdamW
+    from hf_rotational.optim.optimizers import RotationalAdam, RotationalAdamW, RotationalLion, RotationalSGD
+    from hf_rotational.optim.wrap import rotational
     from hf_rotational.training.arguments import RotationalTrainingArguments
     from hf_rotational.training.trainer import RotationalTrainer, RotationalTrainerMixin
 
@@ -21,26 +22,34 @@ __version__ = "0.1.0"
 _HOME = {
     "RotationMonitor": "monitor.callback",
     "RotationPlan": "neurons",
+    "RotationalAdam": "optim.optimizers",
     "RotationalAdamW": "optim.optimizers",
     "RotationalConfig": "optim.config",
+    "RotationalLion": "optim.optimizers",
     "RotationalOptimizerFactory": "optim.factory",
+    "RotationalSGD": "optim.optimizers",
     "RotationalTrainer": "training.trainer",
     "RotationalTrainerMixin": "training.trainer",
     "RotationalTrainingArguments": "training.arguments",
     "plan": "neurons",
+    "rotational": "optim.wrap",
 }
 
 __all__ = [
     "RotationMonitor",
     "RotationPlan",
+    "RotationalAdam",
     "RotationalAdamW",
     "RotationalConfig",
+    "RotationalLion",
     "RotationalOptimizerFactory",
+    "RotationalSGD",
     "RotationalTrainer",
     "RotationalTrainerMixin",
     "RotationalTrainingArguments",
     "equilibrium",
     "plan",
+    "rotational",
 ]
 
 

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from hf_rotational.optim.groups import check_rotation
 from hf_rotational.optim.inner import check_non_negative
-from hf_rotational.optim.optimizer import check_rotation
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,12 @@ class RotationalConfig:
     """``"none"``, ``"updates"`` or ``"weights"``."""
     granularity: str = "neuron"
     """``"neuron"`` or ``"tensor"``."""
+    rounding: str = "nearest"
+    """Of 16-bit parameters: ``"nearest"``, ``"kahan"`` or ``"stochastic"``."""
+    transient_correction: bool = False
+    """Whether the first steps, whose updates are larger or smaller than later ones, are brought to the target angle."""
+    backend: str = "auto"
+    """``"auto"``, ``"eager"`` or ``"foreach"``."""
     include: tuple[str, ...] = ()
     """Regular expressions of parameter names that rotate though the plan would leave them out."""
     exclude: tuple[str, ...] = ()
@@ -86,13 +92,14 @@ def parse_optim_args(text: str | None) -> dict[str, str]:
     return pairs
 
 
-def parse_settings(values: Mapping[str, str]) -> dict[str, Any]:
-    """Gives settings that came as strings the types of the :class:`RotationalConfig` fields they name.
+def parse_settings(values: Mapping[str, str], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """Gives settings that came as strings the types of their defaults.
 
     Raises:
-        ValueError: for a value that does not read as its field's type.
+        ValueError: for a key without a default, listing those that have one, or a value that does not read as its type.
     """
-    return {name: _parse(name, value, getattr(RotationalConfig, name)) for name, value in values.items()}
+    check_keys("optim_args key", values, tuple(defaults))
+    return {name: _parse(name, value, defaults[name]) for name, value in values.items()}
 
 
 def parse_rotation(value: str | float) -> str | float:

@@ -13,7 +13,7 @@ from transformers.utils import logging
 from hf_rotational.neurons import plan
 from hf_rotational.optim.config import RotationalConfig, check_keys, parse_optim_args, parse_settings
 from hf_rotational.optim.optimizer import RotationalOptimizer
-from hf_rotational.optim.optimizers import RotationalAdamW
+from hf_rotational.optim.optimizers import RotationalAdam, RotationalAdamW, RotationalLion, RotationalSGD
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
@@ -21,7 +21,14 @@ if TYPE_CHECKING:
 # A child of transformers' logger, so that its verbosity and --log_level govern ours.
 logger = logging.get_logger(f"transformers.{__name__}")
 
-OPTIMIZERS: Mapping[str, Callable[..., RotationalOptimizer]] = MappingProxyType({"rotational_adamw": RotationalAdamW})
+OPTIMIZERS: Mapping[str, Callable[..., RotationalOptimizer]] = MappingProxyType(
+    {
+        "rotational_adamw": RotationalAdamW,
+        "rotational_sgd": RotationalSGD,
+        "rotational_lion": RotationalLion,
+        "rotational_adam": RotationalAdam,
+    }
+)
 """Value of ``optim`` to optimizer class."""
 
 
@@ -55,17 +62,15 @@ class RotationalOptimizerFactory:
                 those that do. At 0 (the Trainer's default) ``RotationalConfig.angle_weight_decay`` sets the angle.
             decays: which parameters that do not rotate decay, by name; by default as the Trainer decides it (no
                 biases, no norms).
-            **settings: fields of :class:`RotationalConfig`, and hyperparameters of the optimizer (``betas``, ``eps``).
+            **settings: fields of :class:`RotationalConfig`, and the optimizer's hyperparameters (``betas``, ``momentum``).
 
         Raises:
             ValueError: for an unknown optimizer or setting, or a value out of range.
         """
-        if optim not in OPTIMIZERS:
-            raise ValueError(f"Unknown optim: {optim!r} (valid: {', '.join(OPTIMIZERS)})")
-        cls = OPTIMIZERS[optim]
-        hyperparameters = hyperparameter_names(cls)
-        check_keys("setting", settings, (*RotationalConfig.keys(), *hyperparameters))
-        config = RotationalConfig(**{k: v for k, v in settings.items() if k not in hyperparameters})
+        cls = optimizer_class(optim)
+        own = hyperparameters(cls)
+        check_keys("setting", settings, (*RotationalConfig.keys(), *own))
+        config = RotationalConfig(**{k: v for k, v in settings.items() if k not in own})
         angle_weight_decay = weight_decay
         if config.rotation == "equilibrium" and weight_decay == 0:
             angle_weight_decay = config.angle_weight_decay
@@ -83,7 +88,7 @@ class RotationalOptimizerFactory:
                 rotating={"weight_decay": angle_weight_decay},
             ),
             lr=lr,
-            **{k: v for k, v in settings.items() if k in hyperparameters},
+            **{k: v for k, v in settings.items() if k in own},
             **config.optimizer_options(),
         )
         angles = {optimizer.target_rotation(group) for group in optimizer.param_groups if group["rotational"]}
@@ -98,31 +103,36 @@ def factory_kwargs(args: TrainingArguments) -> dict[str, Any]:
     """The factory's keyword arguments, read from training arguments.
 
     Raises:
-        ValueError: for an ``optim_args`` key that is not a rotational setting.
+        ValueError: for an ``optim_args`` key that is neither a rotational setting nor a hyperparameter of ``optim``.
     """
+    optim = str(getattr(args.optim, "value", args.optim))
+    stated = {"betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
+    taken = hyperparameters(optimizer_class(optim))
     return {
-        "optim": str(getattr(args.optim, "value", args.optim)),
+        "optim": optim,
         "lr": args.learning_rate,
         "weight_decay": args.weight_decay,
-        "betas": (args.adam_beta1, args.adam_beta2),
-        "eps": args.adam_epsilon,
+        **{name: value for name, value in stated.items() if name in taken},
         **factory_settings(args),
     }
 
 
 def factory_settings(args: TrainingArguments) -> dict[str, Any]:
-    """The rotational settings among training arguments.
+    """The rotational settings and extra hyperparameters among training arguments.
 
     They come from the ``rotation*`` fields of :class:`~hf_rotational.RotationalTrainingArguments`, where ``args`` has
-    them, and from ``optim_args`` (``"rotation=match,centering=updates"``), which wins.
+    them, and from ``optim_args`` (``"rotation=match,centering=updates"``; ``"momentum=0.9"`` for SGD), which wins.
 
     Raises:
-        ValueError: for an ``optim_args`` key that is not a rotational setting.
+        ValueError: for an ``optim_args`` key that is not among them.
     """
-    given, settings = parse_optim_args(args.optim_args), RotationalConfig.keys()
-    check_keys("optim_args key", given, settings)
+    settings = vars(RotationalConfig())
     fields = {name: getattr(args, argument_name(name), None) for name in settings}
-    return {name: value for name, value in fields.items() if value is not None} | parse_settings(given)
+    extra = hyperparameters(optimizer_class(str(getattr(args.optim, "value", args.optim))))
+    # Betas hold a comma, which separates optim_args; they have arguments of their own.
+    readable = {name: default for name, default in extra.items() if not isinstance(default, tuple)}
+    given = parse_settings(parse_optim_args(args.optim_args), {**settings, **readable})
+    return {name: value for name, value in fields.items() if value is not None} | given
 
 
 def argument_name(setting: str) -> str:
@@ -138,8 +148,15 @@ def decays_as_trainer(model: nn.Module) -> Callable[[str], bool]:
     return names.__contains__
 
 
-def hyperparameter_names(cls: Callable[..., RotationalOptimizer]) -> tuple[str, ...]:
-    """Names of an optimizer's own hyperparameters beside learning rate and weight decay, such as ``betas``."""
+def optimizer_class(optim: str) -> Callable[..., RotationalOptimizer]:
+    """The optimizer an ``optim`` value names; ``ValueError`` with the valid ones if there is none."""
+    if optim not in OPTIMIZERS:
+        raise ValueError(f"Unknown optim: {optim!r} (valid: {', '.join(OPTIMIZERS)})")
+    return OPTIMIZERS[optim]
+
+
+def hyperparameters(cls: Callable[..., RotationalOptimizer]) -> dict[str, Any]:
+    """An optimizer's own hyperparameters beside learning rate and weight decay, such as ``betas``: their defaults."""
     shared = {"params", "lr", "weight_decay"}
     parameters = inspect.signature(cls).parameters.values()
-    return tuple(p.name for p in parameters if p.kind is not p.VAR_KEYWORD and p.name not in shared)
+    return {p.name: p.default for p in parameters if p.kind is not p.VAR_KEYWORD and p.name not in shared}

@@ -1,13 +1,15 @@
-"""Inner updates: what an optimizer does with a gradient before anybody thinks of spheres.
+"""Inner updates: what an optimizer does with gradients before anybody thinks of spheres.
 
-An inner keeps its moments in the parameter's state and returns a *direction*: its update without learning rate and
-without weight decay, so that the plain optimizer is ``p -= lr (direction + weight_decay p)``.
+An inner keeps its moments in each parameter's state and returns *directions*: its updates without learning rate and,
+for tensors that rotate, without weight decay. Everything works on lists of tensors of one dtype and device, so that the
+same lines run tensor by tensor or as multi-tensor calls.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Any, Protocol
+from abc import ABC, abstractmethod
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -18,57 +20,218 @@ Group = dict[str, Any]
 State = dict[str, Any]
 
 
-class Inner(Protocol):
-    """One optimizer's direction and its closed forms. Stateless: everything is in ``state`` and ``group``."""
+class Inner(ABC):
+    """One optimizer's directions and closed forms. Stateless: everything is in the states and the group."""
 
-    @property
-    def buffers(self) -> tuple[str, ...]:
+    decoupled: ClassVar[bool]
+    """Whether weight decay shrinks the weights beside the update, or enters the gradient (L2)."""
+    counts_steps: ClassVar[bool] = True
+    """Whether ``state["step"]`` is this inner's."""
+
+    @abstractmethod
+    def buffers(self, group: Group) -> tuple[str, ...]:
         """Names of the state tensors shaped like the parameter; they start at zero."""
-        ...
 
+    @abstractmethod
     def check(self, group: Group) -> None:
         """Raises ``ValueError`` for a hyperparameter of the group that makes no sense, naming it and its value."""
 
-    def direction(self, grad: Tensor, state: State, group: Group) -> Tensor:
-        """Updates the moments in ``state`` and returns a new tensor: the step to subtract, per unit of learning rate.
+    @abstractmethod
+    def directions(
+        self, grads: list[Tensor], weights: list[Tensor], states: list[State], group: Group, *, rotates: bool
+    ) -> list[Tensor]:
+        """Updates the moments and returns new tensors: what to subtract, per unit of learning rate.
 
         Args:
-            grad: the gradient, in the dtype of the state. ``state["step"]`` already counts this step.
+            grads: gradients, in the dtype of the states.
+            weights: the weights, for L2 regularization.
+            states: one dict a tensor; ``state["step"]`` is counted here.
+            group: the hyperparameters.
+            rotates: leave L2 out of the direction: on the sphere weight decay only sets the angle.
         """
 
+    @abstractmethod
     def rotation(self, group: Group, lr: float) -> float:
-        """Equilibrium angle at this learning rate, radians per step."""
+        """Equilibrium angle at this learning rate, in radians per step (paper, table 1)."""
 
-    def match_constant(self, group: Group) -> float:
-        """``c`` such that free-running updates turn a neuron by ``c lr / rms(weight)`` radians per step."""
+    @abstractmethod
+    def momentum(self, group: Group) -> float:
+        """Decay of the average of gradients, per step."""
+
+    @abstractmethod
+    def relative_size_sq(self, group: Group, step: int) -> float:
+        """Expected squared size of update number ``step``, relative to a late one, for independent gradients."""
 
 
-class AdamW:
+class AdamW(Inner):
     """Adam's direction: the mean gradient over the root of the mean squared gradient, both bias corrected."""
 
-    buffers = ("exp_avg", "exp_avg_sq")
+    decoupled = True
+
+    def buffers(self, group: Group) -> tuple[str, ...]:
+        return ("exp_avg", "exp_avg_sq")
 
     def check(self, group: Group) -> None:
         check_betas(group["betas"])
         check_non_negative("eps", group["eps"])
 
-    def direction(self, grad: Tensor, state: State, group: Group) -> Tensor:
+    def directions(
+        self, grads: list[Tensor], weights: list[Tensor], states: list[State], group: Group, *, rotates: bool
+    ) -> list[Tensor]:
+        return self._adam(grads, grads, states, group)
+
+    def _adam(self, grads: list[Tensor], squared: list[Tensor], states: list[State], group: Group) -> list[Tensor]:
         beta1, beta2 = group["betas"]
-        step = state["step"].item()
-        state["exp_avg"].lerp_(grad, 1 - beta1)
-        state["exp_avg_sq"].mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
-        denominator = state["exp_avg_sq"].sqrt().div_(math.sqrt(1 - beta2**step)).add_(group["eps"])
-        return torch.div(state["exp_avg"], denominator, out=denominator).div_(1 - beta1**step)
+        steps = count_steps(states)
+        means = [state["exp_avg"] for state in states]
+        squares = [state["exp_avg_sq"] for state in states]
+        torch._foreach_lerp_(means, grads, 1 - beta1)
+        torch._foreach_mul_(squares, beta2)
+        torch._foreach_addcmul_(squares, squared, squared, 1 - beta2)
+        roots = torch._foreach_sqrt(squares)
+        torch._foreach_div_(roots, [math.sqrt(1 - beta2**step) for step in steps])
+        torch._foreach_add_(roots, group["eps"])
+        torch._foreach_mul_(roots, [1 - beta1**step for step in steps])
+        return list(torch._foreach_div(means, roots))
 
     def rotation(self, group: Group, lr: float) -> float:
-        rotation = equilibrium.adamw(lr=lr, weight_decay=group["weight_decay"], betas=group["betas"]).rotation
-        assert rotation is not None
-        return rotation
+        return known(equilibrium.adamw(lr=lr, weight_decay=group["weight_decay"], betas=group["betas"]).rotation)
 
-    def match_constant(self, group: Group) -> float:
-        # Independent gradients would give sqrt((1-b1)/(1+b1)); fine-tuning runs settle at twice that.
-        beta1 = group["betas"][0]
-        return 2 * math.sqrt((1 - beta1) / (1 + beta1))
+    def momentum(self, group: Group) -> float:
+        return float(group["betas"][0])
+
+    def relative_size_sq(self, group: Group, step: int) -> float:
+        # Variance of the bias-corrected mean of `step` gradients; the second moment is taken as settled.
+        decayed: float = group["betas"][0] ** step
+        return (1 + decayed) / (1 - decayed)
+
+
+class Adam(AdamW):
+    """Adam with L2 regularization, as the published wrapper has it.
+
+    Where a tensor rotates, the second moment sees gradient plus L2 term and the first moment the gradient alone. The
+    angle is AdamW's: imposing one angle is what gives Adam the balance that it lacks (paper, section 3.3).
+    """
+
+    decoupled = False
+
+    def directions(
+        self, grads: list[Tensor], weights: list[Tensor], states: list[State], group: Group, *, rotates: bool
+    ) -> list[Tensor]:
+        regularized = with_l2(grads, weights, group)
+        return self._adam(grads if rotates else regularized, regularized, states, group)
+
+
+class SGD(Inner):
+    """SGD's direction: a sum of decayed gradients (momentum), as ``torch.optim.SGD`` defines it.
+
+    The equilibrium angle is heavy-ball momentum's, ``sqrt(2 lr wd/(1+momentum))``, whatever Nesterov and dampening are:
+    those change where an update points.
+    """
+
+    decoupled = False
+
+    def buffers(self, group: Group) -> tuple[str, ...]:
+        return ("momentum_buffer",) if group["momentum"] else ()
+
+    def check(self, group: Group) -> None:
+        if not 0.0 <= group["momentum"] < 1.0:
+            raise ValueError(f"Invalid momentum: {group['momentum']} (must be in [0, 1))")
+        if not 0.0 <= group["dampening"] < 1.0:
+            raise ValueError(f"Invalid dampening: {group['dampening']} (must be in [0, 1))")
+        if group["nesterov"] and (group["momentum"] == 0 or group["dampening"] != 0):
+            raise ValueError(
+                f"Invalid nesterov: {group['nesterov']} with momentum={group['momentum']}, "
+                f"dampening={group['dampening']} (Nesterov needs momentum > 0 and dampening 0)"
+            )
+
+    def directions(
+        self, grads: list[Tensor], weights: list[Tensor], states: list[State], group: Group, *, rotates: bool
+    ) -> list[Tensor]:
+        steps = count_steps(states)
+        if not rotates:
+            grads = with_l2(grads, weights, group)
+        if not group["momentum"]:
+            return list(torch._foreach_mul(grads, 1.0))  # copies: the caller overwrites updates
+        buffers = [state["momentum_buffer"] for state in states]
+        # The first gradient enters undamped, as in torch.
+        shares_of_new = [1.0 if step == 1 else 1.0 - group["dampening"] for step in steps]
+        torch._foreach_mul_(buffers, group["momentum"])
+        torch._foreach_add_(buffers, torch._foreach_mul(grads, shares_of_new))
+        if group["nesterov"]:
+            return list(torch._foreach_add(grads, buffers, alpha=group["momentum"]))
+        return list(torch._foreach_mul(buffers, 1.0))  # copies: the caller overwrites updates
+
+    def rotation(self, group: Group, lr: float) -> float:
+        record = equilibrium.sgdm(lr=lr, weight_decay=group["weight_decay"], momentum=group["momentum"])
+        return known(record.rotation)
+
+    def momentum(self, group: Group) -> float:
+        return float(group["momentum"])
+
+    def relative_size_sq(self, group: Group, step: int) -> float:
+        momentum, new = group["momentum"], 1 - group["dampening"]
+        settled = new**2 / (1 - momentum**2)
+
+        def buffer_sq(step: int) -> float:
+            return float(settled + (1 - settled) * momentum ** (2 * (step - 1)))
+
+        if not group["nesterov"]:
+            return float(buffer_sq(step) / settled)
+        before = buffer_sq(step - 1) if step > 1 else 0.0
+        return float(((1 + momentum) ** 2 + momentum**4 * before) / ((1 + momentum) ** 2 + momentum**4 * settled))
+
+
+class Lion(Inner):
+    """Lion's direction: the sign of an interpolation between momentum and gradient."""
+
+    decoupled = True
+
+    def buffers(self, group: Group) -> tuple[str, ...]:
+        return ("exp_avg",)
+
+    def check(self, group: Group) -> None:
+        check_betas(group["betas"])
+
+    def directions(
+        self, grads: list[Tensor], weights: list[Tensor], states: list[State], group: Group, *, rotates: bool
+    ) -> list[Tensor]:
+        beta1, beta2 = group["betas"]
+        count_steps(states)
+        means = [state["exp_avg"] for state in states]
+        updates = list(torch._foreach_lerp(means, grads, 1 - beta1))
+        torch._foreach_sign_(updates)
+        torch._foreach_lerp_(means, grads, 1 - beta2)
+        return updates
+
+    def rotation(self, group: Group, lr: float) -> float:
+        return known(equilibrium.lion(lr=lr, weight_decay=group["weight_decay"], betas=group["betas"]).rotation)
+
+    def momentum(self, group: Group) -> float:
+        return float(group["betas"][0])
+
+    def relative_size_sq(self, group: Group, step: int) -> float:
+        return 1.0  # a sign has the same size at every step
+
+
+def count_steps(states: list[State]) -> list[int]:
+    """Counts one more step in every state; returns how many there are now. The counters are tensors, as in torch."""
+    steps = [state["step"] for state in states]
+    torch._foreach_add_(steps, 1)
+    return [int(step.item()) for step in steps]
+
+
+def with_l2(grads: list[Tensor], weights: list[Tensor], group: Group) -> list[Tensor]:
+    """Gradients of the loss plus ``weight_decay/2 |w|^2``."""
+    if group["weight_decay"] == 0:
+        return grads
+    return list(torch._foreach_add(grads, weights, alpha=group["weight_decay"]))
+
+
+def known(value: float | None) -> float:
+    """A closed form's value where its arguments determine it."""
+    assert value is not None
+    return value
 
 
 def check_non_negative(name: str, value: float) -> None:

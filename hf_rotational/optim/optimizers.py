@@ -9,15 +9,22 @@ from torch.optim.optimizer import ParamsT
 from typing_extensions import Unpack
 
 from hf_rotational.optim import inner as inners
-from hf_rotational.optim.optimizer import RotationalOptimizer, RotationalOptions
+from hf_rotational.optim.groups import RotationalOptions
+from hf_rotational.optim.optimizer import RotationalOptimizer
+
+
+class OptimizerOptions(RotationalOptions, total=False):
+    """Keyword arguments that are not per group, besides those that are."""
+
+    backend: str
+    maximize: bool
 
 
 class RotationalAdamW(RotationalOptimizer):
     """AdamW whose neurons turn by its equilibrium angle from the first step on, at constant norm.
 
-    Arguments with AdamW's meaning: ``lr``, ``betas``, ``eps``, ``weight_decay``, ``maximize``. What rotates, and the
-    keyword arguments that set the angle: :class:`~hf_rotational.optim.optimizer.RotationalOptimizer`. Parameters that
-    do not rotate take exactly AdamW's update.
+    What rotates, and the keyword arguments that set the angle: :class:`RotationalOptimizer`. Parameters that do not
+    rotate take exactly AdamW's update.
 
     Example::
 
@@ -31,7 +38,7 @@ class RotationalAdamW(RotationalOptimizer):
         eps: added to the root of the mean squared gradient.
         weight_decay: for rotating tensors it sets the angle, ``sqrt(2 lr wd (1-b1)/(1+b1))`` radians per step
             (paper, table 1); for the others it is AdamW's decoupled weight decay.
-        maximize: step uphill.
+        **options: see :class:`RotationalOptimizer`.
     """
 
     inner: ClassVar[inners.Inner] = inners.AdamW()
@@ -43,9 +50,77 @@ class RotationalAdamW(RotationalOptimizer):
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 1e-2,
-        *,
-        maximize: bool = False,
-        **rotational: Unpack[RotationalOptions],
+        **options: Unpack[OptimizerOptions],
     ) -> None:
-        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
-        super().__init__(params, defaults, maximize=maximize, **rotational)
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}, **options)
+
+
+class RotationalAdam(RotationalAdamW):
+    """Adam with L2 regularization whose neurons all turn by AdamW's angle: the balance that Adam itself lacks.
+
+    For rotating tensors the second moment sees the gradient plus ``weight_decay`` times the weight, the first moment
+    the gradient alone, as in the published wrapper; the others take exactly ``torch.optim.Adam``'s update. Arguments
+    as :class:`RotationalAdamW`.
+    """
+
+    inner: ClassVar[inners.Inner] = inners.Adam()
+
+
+class RotationalSGD(RotationalOptimizer):
+    """SGD with momentum whose neurons turn by its equilibrium angle from the first step on, at constant norm.
+
+    Parameters that do not rotate take exactly ``torch.optim.SGD``'s update.
+
+    Args:
+        params: parameters or groups of them.
+        lr: learning rate.
+        momentum: decay of the sum of gradients, in [0, 1).
+        dampening: share of each new gradient left out of that sum, in [0, 1).
+        weight_decay: for rotating tensors it sets the angle, ``sqrt(2 lr wd/(1+momentum))`` radians per step
+            (paper, table 1), whatever ``nesterov`` and ``dampening``; for the others it is L2 regularization.
+        nesterov: look ahead by one step of momentum.
+        **options: see :class:`RotationalOptimizer`.
+    """
+
+    inner: ClassVar[inners.Inner] = inners.SGD()
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        momentum: float = 0.0,
+        dampening: float = 0.0,
+        weight_decay: float = 1e-4,
+        nesterov: bool = False,
+        **options: Unpack[OptimizerOptions],
+    ) -> None:
+        defaults = {"lr": lr, "momentum": momentum, "dampening": dampening, "weight_decay": weight_decay}
+        super().__init__(params, {**defaults, "nesterov": nesterov}, **options)
+
+
+class RotationalLion(RotationalOptimizer):
+    """Lion whose neurons turn by its equilibrium angle from the first step on, at constant norm.
+
+    Parameters that do not rotate take exactly Lion's update.
+
+    Args:
+        params: parameters or groups of them.
+        lr: learning rate, typically 3 to 10 times below AdamW's.
+        betas: the share of momentum in the sign, and momentum's decay, in [0, 1).
+        weight_decay: for rotating tensors it sets the angle, ``sqrt(pi lr wd ((1-b1)^2 + b1^2 (1-b2)/(1+b2)))``
+            radians per step (paper, table 1; linearised, for ``lr wd << 1-b2``); for the others it is decoupled
+            weight decay.
+        **options: see :class:`RotationalOptimizer`.
+    """
+
+    inner: ClassVar[inners.Inner] = inners.Lion()
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-4,
+        betas: tuple[float, float] = (0.9, 0.99),
+        weight_decay: float = 1e-1,
+        **options: Unpack[OptimizerOptions],
+    ) -> None:
+        super().__init__(params, {"lr": lr, "betas": betas, "weight_decay": weight_decay}, **options)

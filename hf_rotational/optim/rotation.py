@@ -27,25 +27,6 @@ def neuron_norm(weight: Tensor, dims: tuple[int, ...]) -> Tensor:
     return norm
 
 
-def update_size_(
-    update: Tensor, weight: Tensor, norm: Tensor, update_norm_sq: Tensor, *, decay: float, dims: tuple[int, ...]
-) -> Tensor:
-    """Makes ``update`` tangent to the sphere and enters its size in the running average, both in place.
-
-    ``u -= p <u,p>/n^2;  nu = decay nu + (1-decay) |u|^2`` (paper, algorithm 1).
-
-    Returns:
-        ``|u|^2`` of the tangent update, per neuron.
-    """
-    # A neuron of norm 0 has no tangent space: its update stays as it is (see rotate_).
-    inverse_sq = torch.where(norm > 0, norm.square().reciprocal(), 0.0)
-    radial = (update * weight).sum(dims, keepdim=True).mul_(inverse_sq)
-    update.addcmul_(weight, radial, value=-1)
-    size_sq = update.square().sum(dims, keepdim=True)
-    update_norm_sq.lerp_(size_sq, 1 - decay)
-    return size_sq
-
-
 def rotate_(
     weight: Tensor,
     update: Tensor,
@@ -58,6 +39,8 @@ def rotate_(
     decay: float,
     eps: float,
     dims: tuple[int, ...],
+    relative_size_sq: float = 1.0,
+    learns: Tensor | None = None,
 ) -> None:
     """Turns every neuron of ``weight`` by ``angle`` radians on average along ``-update``, its norm held at ``norm``,
     in place.
@@ -78,18 +61,25 @@ def rotate_(
         weight: the parameter, in the dtype to compute in.
         update: the inner optimizer's direction, without learning rate and weight decay; overwritten.
         norm: norm to hold, per neuron.
-        update_norm_sq: ``nu``, per neuron; updated in place. With ``angle == lr == 0`` it is all that is updated.
+        update_norm_sq: ``nu``, per neuron; updated in place. With ``lr == 0`` it is all that is updated.
         step: how many updates ``update_norm_sq`` has seen, this one included.
         angle: target angle in radians per step; a realised angle is ``atan(angle |u|/sqrt(nu^))``.
         lr: learning rate, for neurons of norm 0 only.
         decay: of the running average; 0 makes every step exactly ``atan(angle)``.
         eps: added to the update's size before dividing by it.
         dims: the dims one neuron spans.
+        relative_size_sq: expected ``|u|^2`` of this step relative to a late one; the running average is of late sizes.
+        learns: per neuron, whether this update counts in the running average; ``None``: all do.
     """
-    size_sq = update_size_(update, weight, norm, update_norm_sq, decay=decay, dims=dims)
+    # A neuron of norm 0 has no tangent space: its update stays as it is.
+    inverse_sq = torch.where(norm > 0, norm.square().reciprocal(), 0.0)
+    update.addcmul_(weight, (update * weight).sum(dims, keepdim=True).mul_(inverse_sq), value=-1)
+    size_sq = update.square().sum(dims, keepdim=True)
+    late_size_sq = size_sq / relative_size_sq
+    update_norm_sq.lerp_(late_size_sq if learns is None else late_size_sq.where(learns, update_norm_sq), 1 - decay)
     if lr == 0:
         return
-    size = (update_norm_sq / (1 - decay**step)).sqrt_().add_(eps)
+    size = (update_norm_sq * (relative_size_sq / (1 - decay**step))).sqrt_().add_(eps)
     rotates = norm > 0
     weight.addcmul_(update, torch.where(rotates, angle * norm / size, lr), value=-1)
     # Rescaling a neuron that did not move would still round it, so it is left alone.

@@ -54,6 +54,17 @@ class RotationalTrainingArguments(TrainingArguments):
         default=_DEFAULT.granularity,
         metadata={"help": "Hold the norm and set the angle of each 'neuron' or of each 'tensor' as a whole."},
     )
+    rotation_rounding: str = field(
+        default=_DEFAULT.rounding,
+        metadata={"help": "Rounding of 16-bit parameters: 'nearest', 'kahan' or 'stochastic'."},
+    )
+    rotation_transient_correction: bool = field(
+        default=_DEFAULT.transient_correction,
+        metadata={"help": "Bring the first steps, whose updates differ in size from later ones, to the target angle."},
+    )
+    rotation_backend: str = field(
+        default=_DEFAULT.backend, metadata={"help": "How a step is computed: 'auto', 'eager' or 'foreach'."}
+    )
     rotation_include: list[str] = field(
         default_factory=list,
         metadata={"help": "Regular expressions of parameter names that rotate though they would be left out."},
@@ -74,4 +85,5 @@ class RotationalTrainingArguments(TrainingArguments):
         if optim in OPTIMIZERS:
             self.optim = optim
             self.rotation = parse_rotation(self.rotation)  # type: ignore[assignment]
-            RotationalConfig(**factory_settings(self))
+            given = factory_settings(self)
+            RotationalConfig(**{name: given[name] for name in RotationalConfig.keys()})  # noqa: SIM118 (not a mapping)

@@ -50,7 +50,7 @@ def test_weight_decay_0_is_fine_where_nothing_rotates() -> None:
 
 
 def test_neuron_dims_out_of_range() -> None:
-    with pytest.raises(ValueError, match=re.escape("Invalid neuron_dims: (2,) for a parameter of shape (3, 4)")):
+    with pytest.raises(ValueError, match=re.escape("Invalid neuron_dims: (2,) for the parameter of shape (3, 4)")):
         RotationalAdamW([{"params": [nn.Parameter(torch.ones(3, 4))], "neuron_dims": (2,)}])
 
 

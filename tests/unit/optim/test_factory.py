@@ -89,6 +89,7 @@ def test_bad_settings(model: nn.Module, settings: dict[str, object], message: st
 
 def test_optim_args_are_read_and_checked(tmp_path: Path) -> None:
     args = TrainingArguments(output_dir=str(tmp_path), optim_args="rotation=match, centering=updates,embeddings=true")
+    args.optim = "rotational_adamw"
     kwargs = factory_kwargs(args)
     assert (kwargs["rotation"], kwargs["centering"], kwargs["embeddings"]) == ("match", "updates", True)
     args.optim_args = "rotation=0.02"
@@ -96,6 +97,10 @@ def test_optim_args_are_read_and_checked(tmp_path: Path) -> None:
     args.optim_args = "rotatoin=match"
     with pytest.raises(ValueError, match=r"Unknown optim_args key: 'rotatoin' .*rotation, .*exclude"):
         factory_kwargs(args)
+    args.optim, args.optim_args = "rotational_sgd", "momentum=0.9,nesterov=true"
+    kwargs = factory_kwargs(args)
+    assert (kwargs["momentum"], kwargs["nesterov"]) == (0.9, True)
+    assert "betas" not in kwargs
     args.optim_args = "embeddings=maybe"
     with pytest.raises(ValueError, match="Invalid embeddings: 'maybe'"):
         factory_kwargs(args)

@@ -1,0 +1,68 @@
+"""Write-back: how a weight computed in float32 gets into a 16-bit parameter.
+
+Rounding to nearest loses a step that is small against the weight's last bit: at 1e-4 radians most bfloat16 entries
+never move. ``kahan`` keeps what rounding cut off in a buffer of the parameter's dtype and adds it to the next step;
+``stochastic`` rounds up or down with the probability that makes the rounding right on average, and keeps nothing. For
+float32 and float64 parameters all three are the same: the step is computed in place.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+ROUNDINGS = ("nearest", "kahan", "stochastic")
+COMPENSATION = "compensation"
+"""State key of what ``kahan`` rounding cut off."""
+
+
+def compute_dtype(parameter: Tensor) -> torch.dtype:
+    """What state is kept and arithmetic is done in: float32, or float64 for float64 parameters."""
+    return torch.float64 if parameter.dtype == torch.float64 else torch.float32
+
+
+def read(parameter: Tensor, state: dict[str, Any], rounding: str) -> Tensor:
+    """The weight in the dtype to compute in: the parameter itself where that is its own dtype."""
+    weight = parameter.detach().to(compute_dtype(parameter))
+    if rounding == "kahan" and weight.dtype != parameter.dtype and COMPENSATION in state:
+        weight += state[COMPENSATION]
+    return weight
+
+
+def write(parameter: Tensor, weight: Tensor, state: dict[str, Any], rounding: str, place: int) -> None:
+    """Stores a weight that :func:`read` gave and a step has changed.
+
+    Args:
+        parameter: where to.
+        weight: in the dtype computed in.
+        state: the parameter's; holds the Kahan compensation, or how often it was rounded stochastically.
+        rounding: one of :data:`ROUNDINGS`.
+        place: of the parameter in its optimizer. Place and count seed the stochastic rounding, so that it repeats when
+            a run is resumed and replicas of a parameter do not drift apart.
+    """
+    if weight.dtype == parameter.dtype:
+        return  # computed in place
+    if rounding == "stochastic":
+        state["roundings"] = state.get("roundings", 0) + 1
+        parameter.copy_(stochastically_rounded(weight, parameter.dtype, seed=(place << 32) + state["roundings"]))
+        return
+    parameter.copy_(weight)
+    if rounding == "kahan":
+        state[COMPENSATION] = (weight - parameter).to(parameter.dtype)
+
+
+def stochastically_rounded(tensor: Tensor, dtype: torch.dtype, seed: int) -> Tensor:
+    """``tensor`` in a narrower dtype: each entry one of its two neighbours there, right on average.
+
+    Entries the dtype holds exactly, infinities and NaN stay as they are.
+    """
+    nearest = tensor.to(dtype)
+    error = tensor - nearest
+    towards = torch.where(error > 0, torch.inf, -torch.inf).to(dtype)
+    other = torch.nextafter(nearest, towards)
+    gap = (other.to(tensor.dtype) - nearest).abs()
+    generator = torch.Generator(tensor.device).manual_seed(seed)
+    draw = torch.rand(tensor.shape, generator=generator, device=tensor.device, dtype=tensor.dtype)
+    return torch.where(draw * gap < error.abs(), other, nearest)
