@@ -225,6 +225,9 @@ class RotationalOptimizer(torch.optim.Optimizer):
         weights = [read(p, state, rounding) for p, state in zip(parameters, states, strict=True)]
         for state, weight in zip(states, weights, strict=True):
             self._prepare_state(state, weight, group, dims)
+            if lr != 0 and state.get("centered") is False:
+                center_(weight, dims)
+                state["centered"] = True
         grads = [self._grad(parameter, group).to(weights[0].dtype) for parameter in parameters]
         updates = self.inner.directions(grads, weights, states, group, rotates=bool(dims))
         if dims:
@@ -258,10 +261,6 @@ class RotationalOptimizer(torch.optim.Optimizer):
         step = states[0]["rotation_step"] + 1
         if group["centering"] != "none":
             center_(update, over)
-        if group["centering"] == "weights" and lr != 0 and not states[0]["centered"]:
-            center_(weight, over)
-            for state in states:
-                state["centered"] = True
         forgetful = group["update_norm_decay"] < self.inner.momentum(group) ** 2
         rotate_(
             weight,
@@ -313,7 +312,8 @@ class RotationalOptimizer(torch.optim.Optimizer):
     def _take_tensors(self, parameter: Tensor, state: State) -> None:
         for name, value in state.items():
             if isinstance(value, Tensor):
-                own_dtype = name in ("step", COMPENSATION) or not value.is_floating_point()
+                # Counters and the like are scalars; they and Kahan's remainder are in the dtype they should be in.
+                own_dtype = name == COMPENSATION or value.ndim == 0 or not value.is_floating_point()
                 dtype = value.dtype if own_dtype else compute_dtype(parameter)
                 device = value.device if name == "step" else parameter.device
                 # A copy, so that two optimizers that load one state do not share it.

@@ -125,6 +125,9 @@ class _WrappedOptimizer(RotationalOptimizer):
         defaults = {"weight_decay": 0.0, **base.defaults}
         super().__init__(groups, defaults, maximize=bool(base.defaults.get("maximize", False)), **options)
         self.state = base.state
+        # What it has already, of a run or from its constructor, goes on in float32.
+        for parameter, state in self.state.items():
+            self._take_tensors(parameter, state)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_base": self._base}
