@@ -62,7 +62,7 @@ class RotationalOptimizerFactory:
                 those that do. At 0 (the Trainer's default) ``RotationalConfig.angle_weight_decay`` sets the angle.
             decays: which parameters that do not rotate decay, by name; by default as the Trainer decides it (no
                 biases, no norms).
-            **settings: fields of :class:`RotationalConfig`, and the optimizer's hyperparameters (``betas``, ``momentum``).
+            **settings: fields of :class:`RotationalConfig` and hyperparameters of the optimizer (``momentum``).
 
         Raises:
             ValueError: for an unknown optimizer or setting, or a value out of range.

@@ -58,8 +58,8 @@ def rotational(
             ``RotationalOptimizer`` raises; ``rotation="equilibrium"`` has a closed form only for
             AdamW, Adam (AdamW's), NAdam, RAdam, SGD and Lion.
     """
-    cls = optimizer if isinstance(optimizer, type) else type(optimizer)
-    if issubclass(cls, (RotationalOptimizer, LBFGS)):
+    cls: type = optimizer if isinstance(optimizer, type) else type(optimizer)
+    if not issubclass(cls, Optimizer) or issubclass(cls, (RotationalOptimizer, LBFGS)):
         raise ValueError(f"Invalid optimizer: {cls.__name__} (must be a torch optimizer, not rotational, not LBFGS)")
     wrapper = _wrapper(cls)
     if isinstance(optimizer, type):
