@@ -1,97 +1,210 @@
-"""A callback that measures how far neurons turn in each optimizer step."""
+"""A callback that measures how far neurons turn in an optimizer step."""
 
 from __future__ import annotations
 
-import json
-import math
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.utils import logging
 
-from hf_rotational.monitor.measure import neuron_angles
-from hf_rotational.neurons import RotationPlan, plan
+from hf_rotational.monitor.advice import Adviser
+from hf_rotational.monitor.measure import NeuronStep, neuron_step
+from hf_rotational.monitor.records import FILE_NAME, VERSION, append_record, read_records, write_records
+from hf_rotational.neurons import PlannedParameter, plan
 from hf_rotational.optim.optimizer import RotationalOptimizer
 from hf_rotational.optim.rotation import reduced_dims
 
+if TYPE_CHECKING:
+    from transformers import Trainer
+
+logger = logging.get_logger(f"transformers.{__name__}")
+
 
 class RotationMonitor(TrainerCallback):
-    """Records the mean angle by which the planned neurons turn per optimizer step, with any Trainer and any optimizer.
+    """Measures optimizer steps: how far the planned neurons turn, how large their updates and norms are.
 
-    Every record ``{"step", "rotation", "target"}`` goes to :attr:`records` and, as a line, to ``rotation.jsonl`` in the
-    output directory: ``rotation`` is the mean over all neurons, ``target`` the mean of what a rotational optimizer
-    aims at (``None`` for another one), both in radians per step.
+    Works with any Trainer and any optimizer. Each measured step becomes a record in :attr:`records` and a line of
+    ``rotation.jsonl`` in the output directory (:mod:`hf_rotational.monitor.records`); means since the last log are
+    added to what the Trainer logs with the loss: ``rotation``, ``rotation_balance`` and, with a rotational optimizer,
+    ``rotation_target`` (radians per step). Warns once, with advice, of angles off target, layers that do not turn,
+    norms that drift and a target of 0.
+
+    Example::
+
+        Trainer(..., callbacks=[RotationMonitor(every=50)])   # rotation.jsonl, console, trainer_state.json
+        RotationMonitor(every=50).attach(trainer)             # TensorBoard, W&B, trackio too
+
+    ``RotationalTrainer`` attaches one itself, by ``rotation_logging_steps``.
 
     Args:
-        every: measure every this many optimizer steps. Weights are copied in measured steps only.
+        every: measure every this many optimizer steps, beginning with the first. Copies of the rotating weights are
+            held during measured steps only.
 
     Raises:
         ValueError: if ``every`` is below 1.
     """
 
-    FILE_NAME = "rotation.jsonl"
-
-    def __init__(self, every: int = 1) -> None:
+    def __init__(self, every: int = 25) -> None:
         if every < 1:
             raise ValueError(f"Invalid every: {every} (must be at least 1)")
         self.every = every
         self.records: list[dict[str, Any]] = []
-        self._plan: RotationPlan | None = None
+        self._planned: tuple[PlannedParameter, ...] = ()
         self._before: list[Tensor] = []
+        self._adviser: Adviser | None = None
+        self._logged = 0
+
+    def attach(self, trainer: Trainer) -> RotationMonitor:
+        """Adds this monitor to a trainer, ahead of what reports to TensorBoard and the like, so that those see it."""
+        callbacks = trainer.callback_handler.callbacks
+        if self not in callbacks:
+            trainer.add_callback(self)
+        callbacks.insert(0, callbacks.pop(callbacks.index(self)))
+        return self
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Plans the model and starts the file, keeping the records of a run that is resumed."""
         model: nn.Module = kwargs["model"]
-        self._plan = plan(model)
-        self.records = []
-        path = Path(args.output_dir or ".", self.FILE_NAME)
-        if state.global_step and path.exists():
-            lines = map(json.loads, path.read_text(encoding="utf-8").splitlines())
-            self.records = [record for record in lines if record["step"] <= state.global_step]
+        optimizer = unwrapped(kwargs.get("optimizer"))
+        self._planned = plan(model).rotating
+        if isinstance(optimizer, RotationalOptimizer):
+            rotating = {parameter for parameter, _ in optimizer.rotating()}
+            self._planned = tuple(entry for entry in plan(model) if entry.parameter in rotating)
+        low_precision = any(entry.parameter.dtype.itemsize < 4 for entry in self._planned)
+        self._adviser = Adviser(logger.warning if state.is_world_process_zero else lambda _: None, low_precision)
+        path = self._path(args)
+        self.records = self._records_until(state.global_step, path)
+        self._logged = len(self.records)
         if state.is_world_process_zero:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text("".join(f"{json.dumps(record)}\n" for record in self.records), encoding="utf-8")
+            write_records(path, [self._header(args, state, model, optimizer), *self.records])
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Copies the weights if this step is measured. ``global_step`` still counts the steps before this one."""
-        if self._plan and state.global_step % self.every == 0:
-            self._before = [entry.parameter.detach().clone() for entry in self._plan.rotating]
+        if state.global_step % self.every == 0:
+            self._before = [entry.parameter.detach().clone() for entry in self._planned]
 
     @torch.no_grad()
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Measures against the copies and drops them."""
-        if not self._before or self._plan is None:
-            return
-        angles = [
-            neuron_angles(before, entry.parameter, reduced_dims(before.ndim, entry.neuron_dims))
-            for before, entry in zip(self._before, self._plan.rotating, strict=True)
-        ]
-        self._before = []
-        optimizer = getattr(kwargs.get("optimizer"), "optimizer", kwargs.get("optimizer"))
-        record = {
-            "step": state.global_step + 1,
-            "rotation": float(torch.cat(angles).mean()),
-            "target": _mean_target(optimizer) if isinstance(optimizer, RotationalOptimizer) else None,
+        before, self._before = self._before, []
+        if not before or getattr(kwargs["optimizer"], "step_was_skipped", False):
+            return  # not measured, or the gradient scaler found an infinity
+        steps = {
+            entry.name: neuron_step(copy, entry.parameter, span(entry))
+            for copy, entry in zip(before, self._planned, strict=True)
         }
+        record = self._record(state.global_step + 1, steps, unwrapped(kwargs["optimizer"]))
         self.records.append(record)
+        assert self._adviser is not None
+        self._adviser.look(record)
         if state.is_world_process_zero:
-            with Path(args.output_dir or ".", self.FILE_NAME).open("a", encoding="utf-8") as file:
-                file.write(json.dumps(record) + "\n")
+            append_record(self._path(args), record)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Adds the means of what was measured since the last log to logs of the loss."""
+        recent = self.records[self._logged :]
+        if logs is None or "loss" not in logs or not recent:
+            return
+        self._logged = len(self.records)
+        for key, name in (("rotation", "rotation"), ("target", "rotation_target"), ("balance", "rotation_balance")):
+            values = [record[key] for record in recent if record[key] is not None]
+            if values:
+                logs[name] = sum(values) / len(values)
+                # The Trainer has put a copy of the logs here, for trainer_state.json.
+                state.log_history[-1][name] = logs[name]
+
+    def _record(self, step: int, steps: dict[str, NeuronStep], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+        targets: dict[Tensor, float] = {}
+        if isinstance(optimizer, RotationalOptimizer):
+            targets = {parameter: optimizer.target_rotation(group) for parameter, group in optimizer.rotating()}
+        angles = torch.cat([step.angle for step in steps.values()])
+        low, high = torch.quantile(_sample(angles), torch.tensor([0.1, 0.9], dtype=angles.dtype)).tolist()
+        aims = [targets.get(entry.parameter) for entry in self._planned]
+        weighted = [
+            (aim, len(steps[e.name].angle)) for e, aim in zip(self._planned, aims, strict=True) if aim is not None
+        ]
+        neurons = sum(count for _, count in weighted)
+        return {
+            "step": step,
+            "learning_rate": float(optimizer.param_groups[0]["lr"]),
+            "rotation": float(angles.mean()),
+            "target": sum(aim * count for aim, count in weighted) / neurons if neurons else None,
+            "balance": high / low if low else None,
+            "layers": {
+                entry.name: {
+                    **{quantity: _mean_and_deviation(value) for quantity, value in vars(steps[entry.name]).items()},
+                    "target": aim,
+                }
+                for entry, aim in zip(self._planned, aims, strict=True)
+            },
+        }
+
+    def _header(
+        self, args: TrainingArguments, state: TrainerState, model: nn.Module, optimizer: torch.optim.Optimizer | None
+    ) -> dict[str, Any]:
+        group = optimizer.param_groups[-1] if optimizer else {}
+        plain = (str, int, float, bool, type(None))
+        settings = {name: value for name, value in group.items() if isinstance(value, plain)}
+        return {
+            "version": VERSION,
+            "model": type(model).__name__,
+            "optimizer": type(optimizer).__name__,
+            "optim": str(getattr(args.optim, "value", args.optim)),
+            "settings": {**settings, "betas": list(group["betas"])} if "betas" in group else settings,
+            "warmup_steps": args.get_warmup_steps(state.max_steps),
+            "max_steps": state.max_steps,
+            "every": self.every,
+            "parameters": {
+                entry.name: {"shape": list(entry.parameter.shape), "neuron_dims": list(entry.neuron_dims)}
+                for entry in self._planned
+            },
+        }
+
+    def _records_until(self, step: int, path: Path) -> list[dict[str, Any]]:
+        if not step or not path.is_file():
+            return []
+        try:
+            return [record for record in read_records(path.parent).steps if record["step"] <= step]
+        except ValueError as error:
+            logger.warning(f"{error}; the records of the steps before this run are not kept")
+            return []
+
+    def _path(self, args: TrainingArguments) -> Path:
+        return Path(args.output_dir or ".", FILE_NAME)
 
 
-def _mean_target(optimizer: RotationalOptimizer) -> float:
-    """Target angle, averaged over the rotating neurons."""
-    targets, neurons = [], []
-    for parameter, group in optimizer.rotating():
-        targets.append(optimizer.target_rotation(group))
-        neurons.append(math.prod(parameter.shape[dim] for dim in group["neuron_dims"]))
-    weighted = (target * count for target, count in zip(targets, neurons, strict=True))
-    return float(sum(weighted) / sum(neurons))
+def unwrapped(optimizer: Any) -> Any:
+    """The optimizer inside Accelerate's, if it is one."""
+    return getattr(optimizer, "optimizer", optimizer)
+
+
+def span(entry: PlannedParameter) -> tuple[int, ...]:
+    """The dims one neuron of a planned parameter spans."""
+    return reduced_dims(entry.parameter.ndim, entry.neuron_dims)
+
+
+def _mean_and_deviation(values: Tensor) -> list[float]:
+    if not len(values):
+        return [0.0, 0.0]
+    return [float(values.mean()), float(values.std(correction=0))]
+
+
+def _sample(values: Tensor, most: int = 1 << 20) -> Tensor:
+    """At most so many of the values, evenly spaced: torch.quantile takes no more than 2^24."""
+    return values[:: -(-len(values) // most)]

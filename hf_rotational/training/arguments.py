@@ -75,12 +75,21 @@ class RotationalTrainingArguments(TrainingArguments):
     rotation_embeddings: bool = field(
         default=_DEFAULT.embeddings, metadata={"help": "Rotate embeddings and heads tied to them."}
     )
+    rotation_logging_steps: int = field(
+        default=25,
+        metadata={
+            "help": "Measure rotation every this many optimizer steps, log it with the loss and keep it in "
+            "rotation.jsonl; 0: never."
+        },
+    )
 
     def __post_init__(self) -> None:
         optim = str(getattr(self.optim, "value", self.optim))
         if optim in OPTIMIZERS:
             # The parent converts optim to its own enum, which need not know our names.
             self.optim = "adamw_torch"
+        if self.rotation_logging_steps < 0:
+            raise ValueError(f"Invalid rotation_logging_steps: {self.rotation_logging_steps} (must be at least 0)")
         super().__post_init__()  # type: ignore[no-untyped-call]
         if optim in OPTIMIZERS:
             self.optim = optim

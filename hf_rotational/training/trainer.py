@@ -8,8 +8,8 @@ import torch
 from torch import nn
 from transformers import Trainer
 
+from hf_rotational.monitor.callback import RotationMonitor
 from hf_rotational.optim.factory import OPTIMIZERS, RotationalOptimizerFactory, factory_kwargs
-from hf_rotational.optim.optimizer import RotationalOptimizer
 
 if TYPE_CHECKING:
     _Base = Trainer
@@ -20,10 +20,18 @@ else:
 class RotationalTrainerMixin(_Base):
     """Makes any Trainer rotational: ``class MyTrainer(RotationalTrainerMixin, SFTTrainer)``.
 
-    Builds the optimizer named by ``args.optim`` where that is a rotational one, and logs the target angle
-    (``rotation_target``, radians per step) beside the loss. Everything else is the Trainer's, so with another
-    ``optim``, or with an optimizer passed in, it trains as the class it is mixed into.
+    Builds the optimizer named by ``args.optim`` where that is a rotational one, and attaches a
+    :class:`~hf_rotational.RotationMonitor` (one in ``callbacks``, or one of its own by
+    ``args.rotation_logging_steps``). Everything else is the Trainer's, so with another ``optim``, or with an
+    optimizer passed in, it trains as the class it is mixed into.
     """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        every = getattr(self.args, "rotation_logging_steps", 0)
+        monitors = [callback for callback in self.callback_handler.callbacks if isinstance(callback, RotationMonitor)]
+        for monitor in monitors or ([RotationMonitor(every)] if every else []):
+            monitor.attach(self)
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """Builds the optimizer; see :class:`~hf_rotational.RotationalOptimizerFactory` for what it raises."""
@@ -35,16 +43,6 @@ class RotationalTrainerMixin(_Base):
             )
             return self.optimizer
         return super().create_optimizer(model)
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds the target angle to what is logged with the loss."""
-        optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
-        if "learning_rate" in logs and isinstance(optimizer, RotationalOptimizer):
-            # The schedule has moved on already: what is logged belongs to the learning rate logged with it.
-            used = {"lr": logs["learning_rate"]}
-            rotating = [group for group in optimizer.param_groups if group["rotational"]]
-            logs["rotation_target"] = max(optimizer.target_rotation({**group, **used}) for group in rotating)
-        super().log(logs, start_time)
 
 
 class RotationalTrainer(RotationalTrainerMixin, Trainer):

@@ -1,6 +1,5 @@
 """RotationalTrainer and the stock Trainer with our factory, trained and looked at from outside."""
 
-import json
 from pathlib import Path
 
 import pytest
@@ -23,6 +22,7 @@ from hf_rotational import (
     RotationMonitor,
     plan,
 )
+from hf_rotational.monitor.records import read_records
 
 SETTINGS = {"learning_rate": 1e-3, "max_steps": 12, "logging_steps": 4, "use_cpu": True, "disable_tqdm": True}
 
@@ -46,7 +46,7 @@ def norms(module: nn.Module) -> torch.Tensor:
 
 def test_trains_at_constant_norm_and_saves_a_plain_checkpoint(tmp_path: Path, dataset: Dataset) -> None:
     trained, start = model(), norms(model())
-    monitor = RotationMonitor()
+    monitor = RotationMonitor(every=1)
     trainer = RotationalTrainer(
         model=trained,
         args=RotationalTrainingArguments(output_dir=str(tmp_path), **SETTINGS),
@@ -64,12 +64,10 @@ def test_trains_at_constant_norm_and_saves_a_plain_checkpoint(tmp_path: Path, da
     assert [record["step"] for record in monitor.records] == list(range(1, 13))
     # The first step has no history: its update is its own running average, so it turns by exactly the target.
     assert monitor.records[0]["rotation"] == pytest.approx(monitor.records[0]["target"], rel=1e-4)
-    lines = (tmp_path / RotationMonitor.FILE_NAME).read_text(encoding="utf-8").splitlines()
-    assert [json.loads(line) for line in lines] == monitor.records
-    logged = [entry for entry in trainer.state.log_history if "loss" in entry]
-    assert [entry["rotation_target"] for entry in logged] == [
-        pytest.approx(record["target"]) for record in monitor.records[3::4]
-    ]
+    assert read_records(tmp_path).steps == monitor.records
+    logged = [entry["rotation_target"] for entry in trainer.state.log_history if "loss" in entry]
+    targets = [record["target"] for record in monitor.records]
+    assert logged == pytest.approx([sum(targets[step : step + 4]) / 4 for step in (0, 4, 8)])
 
 
 def test_the_factory_in_the_stock_trainer_gives_the_same_weights(tmp_path: Path, dataset: Dataset) -> None:
