@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,6 +44,9 @@ class RotationalConfig:
     """Regular expressions of parameter names that do not rotate."""
     embeddings: bool = False
     """Whether embeddings, and heads tied to them, rotate."""
+    multipliers: Mapping[str, float] | Sequence[str] = dataclasses.field(default_factory=dict)
+    """Regular expressions of parameter names to factors on the target angle; the last that matches counts. A list of
+    ``"PATTERN=FACTOR"``, as the command line has it, is read too."""
 
     def __post_init__(self) -> None:
         check_rotation(self.rotation)
@@ -51,6 +54,8 @@ class RotationalConfig:
         for name in ("include", "exclude"):
             value = getattr(self, name)
             object.__setattr__(self, name, (value,) if isinstance(value, str) else tuple(value))
+        if not isinstance(self.multipliers, Mapping):
+            object.__setattr__(self, "multipliers", parse_multipliers(self.multipliers))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, ready for JSON."""
@@ -72,9 +77,13 @@ class RotationalConfig:
         return tuple(field.name for field in dataclasses.fields(cls))
 
     def optimizer_options(self) -> dict[str, Any]:
-        """The settings that are keyword arguments of the optimizer; the rest is for the plan."""
-        plan_settings = {"angle_weight_decay", "include", "exclude", "embeddings"}
-        return {name: value for name, value in vars(self).items() if name not in plan_settings}
+        """The settings that are keyword arguments of the optimizer."""
+        others = {"angle_weight_decay", *self.plan_options()}
+        return {name: value for name, value in vars(self).items() if name not in others}
+
+    def plan_options(self) -> dict[str, Any]:
+        """The settings that are keyword arguments of the plan."""
+        return {name: getattr(self, name) for name in ("include", "exclude", "embeddings", "multipliers")}
 
 
 def parse_optim_args(text: str | None) -> dict[str, str]:
@@ -100,6 +109,22 @@ def parse_settings(values: Mapping[str, str], defaults: Mapping[str, Any]) -> di
     """
     check_keys("optim_args key", values, tuple(defaults))
     return {name: _parse(name, value, defaults[name]) for name, value in values.items()}
+
+
+def parse_multipliers(pairs: Sequence[str]) -> dict[str, float]:
+    """Reads ``["PATTERN=FACTOR", ...]``.
+
+    Raises:
+        ValueError: for one that does not read so, naming it.
+    """
+    multipliers = {}
+    for pair in [pairs] if isinstance(pairs, str) else pairs:
+        pattern, _, factor = pair.rpartition("=")
+        try:
+            multipliers[pattern] = float(factor if pattern else "")
+        except ValueError:
+            raise ValueError(f"Invalid multipliers: {pair!r} (must be PATTERN=FACTOR, such as 'mlp=0.5')") from None
+    return multipliers
 
 
 def parse_rotation(value: str | float) -> str | float:

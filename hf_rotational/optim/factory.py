@@ -78,7 +78,7 @@ class RotationalOptimizerFactory:
                 f"weight_decay is 0, at which the equilibrium angle would be 0: the angle uses weight decay "
                 f"{angle_weight_decay} (angle_weight_decay); parameters that do not rotate are not decayed."
             )
-        rotation_plan = plan(model, include=config.include, exclude=config.exclude, embeddings=config.embeddings)
+        rotation_plan = plan(model, **config.plan_options())
         if not rotation_plan.rotating:
             raise ValueError(f"No parameter of {type(model).__name__} rotates:\n{rotation_plan}")
         optimizer = cls(

@@ -74,6 +74,11 @@ class AdamW(Inner):
     def check(self, group: Group) -> None:
         check_betas(group["betas"])
         check_non_negative("eps", group["eps"])
+        if group.get("amsgrad"):
+            raise ValueError(
+                "Invalid amsgrad: True (a running maximum of squared gradients is kept only by "
+                "rotational(torch.optim.AdamW) and rotational(torch.optim.Adam))"
+            )
 
     def directions(
         self, grads: list[Tensor], weights: list[Tensor], states: list[State], group: Group, *, rotates: bool

@@ -31,8 +31,9 @@ class RotationalOptimizer(torch.optim.Optimizer):
     the norm each neuron is held at; ``update_norm_sq``, the running average of its update's squared size.
 
     A NaN or infinite gradient entry makes its own neuron NaN (with ``granularity="tensor"``: its tensor), as it would
-    make its entry with the plain optimizer. Other neurons are not touched. A neuron that starts at norm 0 takes the
-    plain update without weight decay. A step with ``lr == 0`` updates the state and leaves the weights bit for bit.
+    make its entry with the plain optimizer (Lion takes the sign of NaN for 0, and the neuron goes on without that
+    entry). Other neurons are not touched. A neuron that starts at norm 0 takes the plain update without weight decay.
+    A step with ``lr == 0`` updates the state and leaves the weights bit for bit.
 
     Args:
         params: parameters, or groups of them, as for any ``torch.optim`` optimizer.
@@ -164,12 +165,14 @@ class RotationalOptimizer(torch.optim.Optimizer):
         Hyperparameters stay as they are here; norms are measured at the next step.
 
         Raises:
-            ValueError: if it has state of parameters that are not here.
+            ValueError: if it has state of parameters that are not here, or settings that make no sense here.
         """
         own = {parameter for parameter, _ in self._members()}
         strangers = [tuple(parameter.shape) for parameter in optimizer.state if parameter not in own]
         if strangers:
             raise ValueError(f"{type(optimizer).__name__} has state of parameters not here, of shapes {strangers}")
+        for group in optimizer.param_groups:
+            self.inner.check({**self.defaults, **settings(group)})
         for parameter, state in optimizer.state.items():
             self.state[parameter] = dict(state)
             self._take_tensors(parameter, state)
@@ -303,7 +306,9 @@ class RotationalOptimizer(torch.optim.Optimizer):
             state[name] = torch.zeros_like(weight, memory_format=torch.preserve_format)
         if dims and "norm" not in state:
             start = center_(weight.clone(), dims) if group["centering"] == "weights" else weight
-            state["norm"] = neuron_norm(start, dims)
+            norm = neuron_norm(start, dims)
+            # A norm whose square underflows is as good as 0, and its reciprocal would not be finite.
+            state["norm"] = torch.where(norm.square() < torch.finfo(norm.dtype).tiny, 0.0, norm)
             state["update_norm_sq"] = torch.zeros_like(state["norm"])
             state["rotation_step"] = 0
             if group["centering"] == "weights":

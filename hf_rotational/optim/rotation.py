@@ -80,6 +80,7 @@ def rotate_(
     if lr == 0:
         return
     size = (update_norm_sq * (relative_size_sq / (1 - decay**step))).sqrt_().add_(eps)
+    size.masked_fill_(size == 0, 1.0)  # with eps 0, of a neuron that has had no update yet
     rotates = norm > 0
     weight.addcmul_(update, torch.where(rotates, angle * norm / size, lr), value=-1)
     # Rescaling a neuron that did not move would still round it, so it is left alone.

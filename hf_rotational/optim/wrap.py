@@ -147,7 +147,9 @@ class _WrappedOptimizer(RotationalOptimizer):
         with ExitStack() as swapped:
             for place, (parameter, group) in enumerate(self._members()):
                 if parameter.grad is not None and compute_dtype(parameter) != parameter.dtype:
-                    swapped.enter_context(_in_float32(parameter, self.state[parameter], group["rounding"], place))
+                    moves = float(group["lr"]) != 0 and not neuron_span(parameter, group)
+                    state, rounding = self.state[parameter], group["rounding"]
+                    swapped.enter_context(_in_float32(parameter, state, rounding, place, moves=moves))
             before = {
                 parameter: parameter.detach().clone() for parameter, _ in self.rotating() if parameter.grad is not None
             }
@@ -175,8 +177,8 @@ def _parts(group: Group) -> Iterator[Group]:
 
 
 @contextmanager
-def _in_float32(parameter: Tensor, state: State, rounding: str, place: int) -> Iterator[None]:
-    """Within, a 16-bit parameter and its gradient are float32; afterwards it holds the result, rounded."""
+def _in_float32(parameter: Tensor, state: State, rounding: str, place: int, *, moves: bool) -> Iterator[None]:
+    """Within, a 16-bit parameter and its gradient are float32; afterwards it holds the result, rounded, if it moves."""
     data, grad = parameter.data, parameter.grad
     assert grad is not None
     weight = read(parameter, state, rounding)
@@ -189,7 +191,8 @@ def _in_float32(parameter: Tensor, state: State, rounding: str, place: int) -> I
     finally:
         parameter.grad = None
         parameter.data, parameter.grad = data, grad
-    write(parameter, weight, state, rounding, place)
+    if moves:  # else rounding the same weight once more could change the parameter
+        write(parameter, weight, state, rounding, place)
 
 
 _WRAPPERS: dict[type[Optimizer], type[_WrappedOptimizer]] = {}

@@ -75,6 +75,10 @@ class RotationalTrainingArguments(TrainingArguments):
     rotation_embeddings: bool = field(
         default=_DEFAULT.embeddings, metadata={"help": "Rotate embeddings and heads tied to them."}
     )
+    rotation_multipliers: list[str] = field(
+        default_factory=list,
+        metadata={"help": "Factors on the target angle, PATTERN=FACTOR; the last pattern that matches a name counts."},
+    )
     rotation_logging_steps: int = field(
         default=25,
         metadata={

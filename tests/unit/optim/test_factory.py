@@ -108,8 +108,17 @@ def test_optim_args_are_read_and_checked(tmp_path: Path) -> None:
         parse_optim_args("match")
 
 
+def test_multipliers_reach_the_angle(model: nn.Module) -> None:
+    plain, doubled = (
+        RotationalOptimizerFactory()(model, lr=1e-4, multipliers=multipliers) for multipliers in ((), ["^1.weight=2"])
+    )
+    assert angle(doubled) == 2 * angle(plain)
+    with pytest.raises(ValueError, match="Invalid multipliers: 'mlp'"):
+        RotationalConfig(multipliers=["mlp"])
+
+
 def test_config_round_trips() -> None:
-    config = RotationalConfig(rotation=0.01, include=("head", "embed"), centering="weights")
+    config = RotationalConfig(rotation=0.01, include=("head", "embed"), centering="weights", multipliers={"mlp": 0.5})
     assert RotationalConfig.from_dict(config.to_dict()) == config
     with pytest.raises(ValueError, match="Unknown rotational setting: 'angle'"):
         RotationalConfig.from_dict({"angle": 1})
