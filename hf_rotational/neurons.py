@@ -1,7 +1,7 @@
 """The plan: which parameters of a model rotate, and which of their dims index neurons.
 
-Decided by the class of the module that owns the parameter, since that is what says how the weight is stored: a neuron
-is a row of ``nn.Linear`` but a column of GPT-2's ``Conv1D``. What is not known to be a weight matrix does not rotate.
+Decided by the class of the module that owns the parameter, since that is what says how the weight is stored
+(:mod:`hf_rotational.layouts`). What is not known to be a weight matrix does not rotate.
 """
 
 from __future__ import annotations
@@ -14,16 +14,24 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.pytorch_utils import Conv1D
+from transformers import PreTrainedModel
+
+from hf_rotational.layouts import UNKNOWN, Layout, layout
 
 MIN_FAN_IN = 3
 """Smallest neuron that rotates: with two entries whose mean is held, or with one, there is nowhere to turn."""
 
-NEURON_DIMS: dict[type[nn.Module], tuple[int, ...]] = {nn.Linear: (0,), Conv1D: (1,)}
-"""Module class (subclasses included) to the dims of its ``weight`` that index neurons."""
+DTYPES = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
+"""Dtypes of weights that train; the others hold quantized ones."""
 
-TASK_HEADS = frozenset({"classifier", "score", "qa_outputs", "classification_head"})
-"""Modules by which transformers' task models name the head that is new when a pretrained body is fine-tuned."""
+LABEL_TASKS = re.compile(r"For\w*(Classification|QuestionAnswering|MultipleChoice|CTC|XVector)")
+"""Model classes that predict the user's own labels: what they add to the pretrained body is new, and is the head."""
+
+HEAD_NAMES = re.compile(
+    r"(?:[^\d.][^.]*\.)*"  # not within a stack of layers, whose routers may have a classifier
+    r"(?:classifier|classification_head|score|qa_outputs|ctc_head|class_(?:predictor|embed|labels_classifier))\."
+)
+"""Start of a parameter's name in the head of a model that has no body apart, or in the last layer of a detector's."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +47,8 @@ class PlannedParameter:
     """Dims that index neurons; empty if it does not rotate."""
     reason: str
     """Why it rotates, or why not."""
+    multiplier: float = 1.0
+    """Factor on its target angle."""
 
     @property
     def rotates(self) -> bool:
@@ -86,6 +96,8 @@ class RotationPlan:
             settings: dict[str, Any] = {"rotational": entry.rotates}
             if entry.rotates:
                 settings |= {"neuron_dims": entry.neuron_dims, **(rotating or {})}
+                if entry.multiplier != 1:
+                    settings["rotation_scale"] = entry.multiplier
             elif not decays(entry.name):
                 settings["weight_decay"] = 0.0
             elif weight_decay is not None:
@@ -111,7 +123,9 @@ class RotationPlan:
                 entry.module_type,
                 "x".join(map(str, entry.parameter.shape)),
                 ",".join(map(str, entry.neuron_dims)) or "-",
-                ("yes: " if entry.rotates else "no: ") + entry.reason,
+                ("yes: " if entry.rotates else "no: ")
+                + entry.reason
+                + (f", angle x {entry.multiplier:g}" if entry.multiplier != 1 else ""),
             )
             for entry in self
         ]
@@ -121,73 +135,130 @@ class RotationPlan:
 
 
 def plan(
-    model: nn.Module, *, include: Sequence[str] = (), exclude: Sequence[str] = (), embeddings: bool = False
+    model: nn.Module,
+    *,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    embeddings: bool = False,
+    multipliers: Mapping[str, float] | None = None,
 ) -> RotationPlan:
     """Decides for every parameter of a model whether it rotates, and along which dims its neurons lie.
 
-    Rotating: the weights of ``nn.Linear`` (neurons are rows) and of GPT-2's ``Conv1D`` (neurons are columns). Not
-    rotating: embeddings and whatever is tied to one, new task heads, vectors, neurons with fewer than 3 entries,
-    weights that are zero, and every parameter of a module class not known.
+    Rotating: the weights of linear layers, convolutions, attention, routers and stacked experts, as
+    :mod:`hf_rotational.layouts` lists them. Not rotating: embeddings and whatever is tied to one, new task heads,
+    LoRA's B, vectors, neurons with fewer than 3 entries, weights that are zero (not seen on the meta device),
+    quantized weights, and every parameter whose storage is not known.
 
     Args:
         model: any module; frozen parameters are planned too (an optimizer leaves them out).
-        include: regular expressions searched in parameter names; a match rotates whatever its reason not to,
-            provided its module class is known.
+        include: regular expressions searched in parameter names; a match rotates though it is an embedding, in a task
+            head, a LoRA B, or in a module class with a forward of its own. What is not known to be a weight matrix,
+            or has no direction to turn, still does not.
         exclude: regular expressions; a match does not rotate. Wins over ``include``.
         embeddings: rotate ``nn.Embedding`` weights (a neuron is a token's row) and what is tied to them.
+        multipliers: regular expression to a factor on the target angle. The last that matches a parameter counts.
 
     Raises:
-        ValueError: for a pattern that is no regular expression, or that matches no parameter.
+        ValueError: for a pattern that is no regular expression or matches no parameter, and for a multiplier that is
+            not a positive number or whose pattern matches nothing that rotates.
     """
+    factors = dict(multipliers or {})
+    for pattern, factor in factors.items():
+        if not 0 < factor < math.inf:
+            raise ValueError(f"Invalid multiplier: {pattern!r}: {factor} (must be a finite number > 0)")
     includes, excludes = _compile(model, "include", include), _compile(model, "exclude", exclude)
+    scaled = list(zip(_compile(model, "multipliers", tuple(factors)), factors.values(), strict=True))
+    heads = _task_heads(model)
     entries = []
     for name, parameter, owners in _owners(model):
-        dims, reason = _layout(parameter, owners, embeddings, force=_matches(includes, name))
+        in_head = parameter in heads or any(HEAD_NAMES.match(owner.path) for owner in owners)
+        stored, reason = _decide(parameter, owners, in_head, embeddings, force=_matches(includes, name))
         if _matches(excludes, name):
-            dims, reason = (), "excluded"
-        entries.append(PlannedParameter(name, parameter, type(owners[0][1]).__name__, dims, reason))
+            stored, reason = (), "excluded"
+        scale = next((factor for pattern, factor in reversed(scaled) if stored and pattern.search(name)), 1.0)
+        entries.append(PlannedParameter(name, parameter, type(owners[0].module).__name__, stored, reason, scale))
+    for compiled, _ in scaled:
+        if not any(entry.rotates and compiled.search(entry.name) for entry in entries):
+            raise ValueError(f"multipliers: {compiled.pattern!r} matches nothing that rotates")
     return RotationPlan(tuple(entries))
 
 
-def _layout(
-    parameter: nn.Parameter, owners: list[tuple[str, nn.Module]], embeddings: bool, force: bool
+@dataclass(frozen=True)
+class _Owner:
+    """A place where a parameter is used: tied parameters have several."""
+
+    path: str
+    module: nn.Module
+    layout: Layout
+
+
+def _decide(
+    parameter: nn.Parameter, owners: list[_Owner], in_head: bool, embeddings: bool, force: bool
 ) -> tuple[tuple[int, ...], str]:
-    """Neuron dims (empty: does not rotate) and the reason, given every place the parameter is used."""
+    """Neuron dims (empty: does not rotate) and the reason."""
+    obstacle = _obstacle(parameter, owners)
+    if obstacle is not None:
+        return (), obstacle
+    objection = None if force else _objection(owners, in_head, embeddings)
+    if objection is not None:
+        return (), objection
+    reason = "included" if force else "weight matrix" if len(owners) == 1 else "tied weight matrix"
+    return owners[0].layout.neuron_dims, reason
+
+
+def _obstacle(parameter: nn.Parameter, owners: list[_Owner]) -> str | None:
+    """What keeps a parameter from rotating whatever the user asks for."""
+    if isinstance(parameter, nn.parameter.UninitializedParameter):
+        return "not initialized yet"
     if parameter.ndim < 2:
-        return (), f"{parameter.ndim} dims"
-    layouts = {_module_dims(path, module) for path, module in owners}
-    embedded = any(isinstance(module, nn.Embedding) for _, module in owners)
-    if None in layouts or len(layouts) > 1:
-        return (), "not a known weight matrix"
-    dims = next(iter(layouts)) or ()
-    fan_in = parameter.numel() // max(1, math.prod(parameter.shape[dim] for dim in dims))
-    if embedded and not (embeddings or force):
-        return (), "embedding" if len(owners) == 1 else "tied to an embedding"
+        return f"{parameter.ndim} dims"
+    if parameter.dtype not in DTYPES:
+        return f"quantized or not real ({str(parameter.dtype).removeprefix('torch.')})"
+    dims = {owner.layout.neuron_dims for owner in owners}
+    if len(dims) > 1 or dims == {()}:
+        return owners[0].layout.reason if len(dims) == 1 else UNKNOWN
+    fan_in = parameter.numel() // max(1, math.prod(parameter.shape[dim] for dim in owners[0].layout.neuron_dims))
     if fan_in < MIN_FAN_IN:
-        return (), f"fan-in {fan_in} is below {MIN_FAN_IN}"
+        return f"fan-in {fan_in} is below {MIN_FAN_IN}"
     if parameter.device.type != "meta" and not torch.any(parameter.detach() != 0):
-        return (), "zero at the start"
-    if not force and any(TASK_HEADS & set(path.split(".")) for path, _ in owners):
-        return (), "task head"
-    return dims, "included" if force else "tied weight matrix" if len(owners) > 1 else "weight matrix"
+        return "zero at the start"
+    return None
 
 
-def _module_dims(path: str, module: nn.Module) -> tuple[int, ...] | None:
-    if path.rpartition(".")[2] != "weight":
-        return None
-    if isinstance(module, nn.Embedding):
-        return (0,)
-    return next((dims for cls, dims in NEURON_DIMS.items() if isinstance(module, cls)), None)
+def _objection(owners: list[_Owner], in_head: bool, embeddings: bool) -> str | None:
+    """What keeps a parameter from rotating unless the user asks for it."""
+    if not embeddings and any(isinstance(owner.module, nn.Embedding) for owner in owners):
+        return "embedding" if len(owners) == 1 else "tied to an embedding"
+    if any("lora_B" in owner.path.split(".") for owner in owners):
+        return "LoRA B"  # zero at the start, but by its name, so that a resumed run plans the same
+    if in_head:
+        return "task head"
+    return next((owner.layout.reason for owner in owners if owner.layout.reason), None)
 
 
-def _owners(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, list[tuple[str, nn.Module]]]]:
-    """Every parameter once, under its first name, with each (path, module) that holds it: ties have several."""
-    uses: dict[nn.Parameter, list[tuple[str, nn.Module]]] = {}
+def _owners(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, list[_Owner]]]:
+    """Every parameter once, under its first name, with each place that holds it."""
+    uses: dict[nn.Parameter, list[_Owner]] = {}
+    # peft gives stacked experts one adapter, with the experts' rows side by side along a dim of no plain meaning.
+    fused = tuple(f"{path}." for path, module in model.named_modules() if type(module).__name__ == "ParamWrapper")
     for prefix, module in model.named_modules(remove_duplicate=False):
         for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
-            uses.setdefault(parameter, []).append((f"{prefix}.{name}" if prefix else name, module))
+            path = f"{prefix}.{name}" if prefix else name
+            adapter = fused and any(path.startswith(f"{outer}lora_") for outer in fused)
+            stored = Layout(reason="adapter of stacked experts") if adapter else layout(module, name)
+            uses.setdefault(parameter, []).append(_Owner(path, module, stored))
     for name, parameter in model.named_parameters():
         yield name, parameter, uses[parameter]
+
+
+def _task_heads(model: nn.Module) -> frozenset[nn.Parameter]:
+    """What models for tasks with labels hold outside their pretrained body."""
+    heads: set[nn.Parameter] = set()
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel) and LABEL_TASKS.search(type(module).__name__):
+            body = module.base_model
+            heads.update(set(module.parameters()) - set(body.parameters()))
+    return frozenset(heads)
 
 
 def _compile(model: nn.Module, argument: str, patterns: Sequence[str]) -> list[re.Pattern[str]]:

@@ -1,9 +1,25 @@
 """The plan: what rotates, along which dims, and why not."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
-from transformers import BertConfig, BertForSequenceClassification, GPT2Config, GPT2LMHeadModel
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    BertForSequenceClassification,
+    DistilBertForSequenceClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    PreTrainedModel,
+    RobertaForSequenceClassification,
+    T5ForQuestionAnswering,
+    Wav2Vec2ForCTC,
+)
 from transformers.pytorch_utils import Conv1D
 
 from hf_rotational import plan
@@ -115,3 +131,105 @@ def test_prints_as_a_table(gpt2: nn.Module) -> None:
     (row,) = [line for line in lines if "c_fc.weight" in line]
     assert row.split(None, 4) == ["transformer.h.0.mlp.c_fc.weight", "Conv1D", "16x64", "1", "yes: weight matrix"]
     assert lines[-1].startswith("4 of 16 tensors rotate")
+
+
+@pytest.mark.parametrize(
+    ("cls", "head", "body"),
+    [
+        (
+            RobertaForSequenceClassification,
+            ["classifier.dense.weight", "classifier.out_proj.weight"],
+            "roberta.encoder",
+        ),
+        (DistilBertForSequenceClassification, ["pre_classifier.weight", "classifier.weight"], "distilbert."),
+        (T5ForQuestionAnswering, ["qa_outputs.weight"], "encoder."),
+        (Wav2Vec2ForCTC, ["lm_head.weight"], "wav2vec2."),
+        (BertForMaskedLM, [], "cls.predictions.transform"),
+        (LlamaForCausalLM, [], "lm_head"),
+    ],
+)
+def test_a_task_head_is_what_a_task_adds_to_the_body(cls: type[PreTrainedModel], head: list[str], body: str) -> None:
+    with torch.device("meta"):
+        model = cls(cls.config_class())  # type: ignore[misc]
+    planned = plan(model)
+    assert [entry.name for entry in planned if entry.reason == "task head"] == head
+    assert any(entry.name.startswith(body) for entry in planned.rotating)
+
+
+def test_a_router_in_a_layer_is_no_task_head() -> None:
+    layers = nn.ModuleDict({"layers": nn.ModuleList([nn.ModuleDict({"classifier": nn.Linear(4, 5)})])})
+    assert dims(layers) == {"layers.0.classifier.weight": (0,)}
+    assert not dims(nn.ModuleDict({"decoder": layers["layers"][0]}))
+
+
+def test_multipliers_go_to_what_rotates_and_the_last_match_counts(bert: nn.Module) -> None:
+    scaled = plan(bert, multipliers={"attention": 0.5, "query|pooler": 2, "word_embeddings|value": 3.0})
+    factors = {entry.name.split("bert.")[1]: entry.multiplier for entry in scaled if entry.multiplier != 1}
+    layer = "encoder.layer.0.attention"
+    assert factors == {
+        f"{layer}.self.query.weight": 2,
+        f"{layer}.self.key.weight": 0.5,
+        f"{layer}.self.value.weight": 3,
+        f"{layer}.output.dense.weight": 0.5,
+        "pooler.dense.weight": 2,
+    }
+    groups = scaled.parameter_groups(rotating={"weight_decay": 0.1})
+    assert {group.get("rotation_scale") for group in groups if group["rotational"]} == {None, 0.5, 2, 3}
+    assert not any("rotation_scale" in group for group in groups if not group["rotational"])
+    (row,) = [line for line in str(scaled).splitlines() if "key.weight" in line]
+    assert row.endswith("yes: weight matrix, angle x 0.5")
+
+
+@pytest.mark.parametrize("factor", [0, -1, float("inf"), float("nan")])
+def test_multipliers_are_positive_numbers(bert: nn.Module, factor: float) -> None:
+    with pytest.raises(ValueError, match=f"Invalid multiplier: 'query': {factor}"):
+        plan(bert, multipliers={"query": factor})
+
+
+def test_a_multiplier_of_nothing_is_refused(bert: nn.Module) -> None:
+    with pytest.raises(ValueError, match="multipliers: 'word_embeddings' matches nothing that rotates"):
+        plan(bert, multipliers={"word_embeddings": 2.0})
+    with pytest.raises(ValueError, match="multipliers: 'decoder' matches no parameter"):
+        plan(bert, multipliers={"decoder": 2.0})
+
+
+def test_without_weights_zero_is_not_seen() -> None:
+    with torch.device("meta"):
+        assert plan(nn.Linear(5, 4)).rotating
+
+
+class TestLora:
+    @staticmethod
+    def adapted(model: PreTrainedModel, **options: object) -> nn.Module:
+        peft = pytest.importorskip("peft")
+        adapted: nn.Module = peft.get_peft_model(model, peft.LoraConfig(r=4, **options))
+        return adapted
+
+    def test_a_rotates_and_b_does_not_even_once_it_has_trained(self, bert: BertForSequenceClassification) -> None:
+        model = self.adapted(copy.deepcopy(bert), target_modules=["query"], modules_to_save=["classifier"])
+        adapter = "base_model.model.bert.encoder.layer.0.attention.self.query.lora_{}.default.weight"
+        for trained in (False, True):
+            with torch.no_grad():
+                model.get_parameter(adapter.format("B")).fill_(0.1 * trained)
+            found = reasons(model)
+            assert found[adapter.format("A")] == "weight matrix"
+            assert found[adapter.format("B")] == ("LoRA B" if trained else "zero at the start")
+            assert found["base_model.model.classifier.modules_to_save.default.weight"] == "task head"
+            trains = {entry.name for entry in plan(model).rotating if entry.parameter.requires_grad}
+            assert trains == {adapter.format("A")}
+
+    def test_adapters_of_columns_have_rows(self, gpt2: nn.Module) -> None:
+        model = self.adapted(copy.deepcopy(gpt2), target_modules=["c_fc"], fan_in_fan_out=True)  # type: ignore[arg-type]
+        assert dims(model)["base_model.model.transformer.h.0.mlp.c_fc.lora_A.default.weight"] == (0,)
+
+    def test_adapters_of_stacked_experts_do_not_rotate(self) -> None:
+        config = MixtralConfig(
+            hidden_size=16, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2, intermediate_size=24,
+            vocab_size=30, num_local_experts=3,
+        )  # fmt: skip
+        model = self.adapted(
+            MixtralForCausalLM(config), target_modules=[], target_parameters=["mlp.experts.gate_up_proj"]
+        )
+        adapters = {name: reason for name, reason in reasons(model).items() if "lora_" in name}
+        assert len(adapters) == 2
+        assert set(adapters.values()) == {"adapter of stacked experts"}
