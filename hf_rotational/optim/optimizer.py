@@ -52,7 +52,8 @@ class RotationalOptimizer(torch.optim.Optimizer):
         rounding: of 16-bit parameters: ``"nearest"``, ``"kahan"`` or ``"stochastic"``
             (:mod:`hf_rotational.optim.precision`). Arithmetic and state are float32 with each.
         transient_correction: divide each update's size by what it is expected to be so early in a run. The algorithm
-            as published is off target there (AdamW 0.67 times at step 10, SGD with momentum 1.17 times at step 3).
+            as published is off target there (AdamW 0.67 times at step 10, SGD with momentum 1.17 times at step 3). For
+            independent gradients; for Adam, whose second moment sees the weights too, approximately.
         backend: ``"eager"`` works tensor by tensor, with little memory; ``"foreach"`` on all tensors of a shape at
             once, with few kernel launches; ``"auto"`` takes foreach on accelerators.
         maximize: step uphill.
@@ -102,11 +103,11 @@ class RotationalOptimizer(torch.optim.Optimizer):
         """Adds a group, as ``torch.optim.Optimizer.add_param_group`` does, once its settings have been checked."""
         super().add_param_group(param_group)
         group = self.param_groups[-1]
-        # Angles given in radians are meant at this learning rate; group["lr"] is the scheduler's from its first moment.
-        group.setdefault("peak_lr", float(group.get("initial_lr", group["lr"])))
         try:
+            # Angles in radians are meant at this learning rate; group["lr"] is the scheduler's from its first moment.
+            group.setdefault("peak_lr", float(group.get("initial_lr", group["lr"])))
             self._check(group)
-        except ValueError:
+        except Exception:
             self.param_groups.pop()
             raise
 
