@@ -148,17 +148,29 @@ class RotationalOptimizer(torch.optim.Optimizer):
         Raises:
             ValueError: for a state that does not fit the parameters, or settings that make no sense here.
         """
-        saved_groups = state_dict["param_groups"]
-        if len(saved_groups) == len(self.param_groups):  # else torch says so below
-            merged = [{**settings(own), **saved} for own, saved in zip(self.param_groups, saved_groups, strict=True)]
-            for saved, own in zip(merged, self.param_groups, strict=True):
-                self._check({**saved, "params": own["params"]})
-            state_dict = {**state_dict, "param_groups": merged}
-        super().load_state_dict(state_dict)
-        # torch has cast every tensor but "step" to the parameter's dtype: take them once more from the source.
-        places = [place for group in state_dict["param_groups"] for place in group["params"]]
-        for place, (parameter, _) in zip(places, self._members(), strict=True):
-            self._take_tensors(parameter, state_dict["state"].get(place, {}))
+        source = state_dict
+
+        def merge(_: torch.optim.Optimizer, given: dict[str, Any]) -> dict[str, Any]:
+            nonlocal source
+            source = self._merged(given)
+            return source
+
+        def take(_: torch.optim.Optimizer) -> None:
+            # torch has cast every tensor but "step" to the parameter's dtype: take them once more from the source.
+            places = [place for group in source["param_groups"] for place in group["params"]]
+            for place, (parameter, _group) in zip(places, self._members(), strict=True):
+                self._take_tensors(parameter, source["state"].get(place, {}))
+
+        # Between the user's hooks: after those that may change the dict, before those that see the result.
+        hooks = (
+            self.register_load_state_dict_pre_hook(merge),
+            self.register_load_state_dict_post_hook(take, prepend=True),
+        )
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            for hook in hooks:
+                hook.remove()
 
     def take_over(self, optimizer: torch.optim.Optimizer) -> None:
         """Continues from the moments of a running plain optimizer over the same parameters, however grouped.
@@ -174,6 +186,9 @@ class RotationalOptimizer(torch.optim.Optimizer):
             raise ValueError(f"{type(optimizer).__name__} has state of parameters not here, of shapes {strangers}")
         for group in optimizer.param_groups:
             self.inner.check({**self.defaults, **settings(group)})
+        groups = dict(self._members())
+        for parameter, state in optimizer.state.items():
+            self._check_state(state, groups[parameter])
         for parameter, state in optimizer.state.items():
             self.state[parameter] = dict(state)
             self._take_tensors(parameter, state)
@@ -212,7 +227,7 @@ class RotationalOptimizer(torch.optim.Optimizer):
             if multi_tensor(parameter, group):
                 state = self.state[parameter]
                 # Rotating tensors are stacked, so they must agree in shape and in what the core takes as a number.
-                same = (parameter.shape, state.get("rotation_step"), state.get("centered")) if dims else ()
+                same = (parameter.shape, state.get("rotation_step"), state.get("centered"), age(state)) if dims else ()
                 key = (dims, parameter.device, parameter.dtype, *same)
             else:
                 key = (dims, parameter)
@@ -263,8 +278,6 @@ class RotationalOptimizer(torch.optim.Optimizer):
         weight, update = joined(weights), joined(updates)
         update_norm_sq = joined([state["update_norm_sq"] for state in states])
         step = states[0]["rotation_step"] + 1
-        if group["centering"] != "none":
-            center_(update, over)
         forgetful = group["update_norm_decay"] < self.inner.momentum(group) ** 2
         rotate_(
             weight,
@@ -277,7 +290,10 @@ class RotationalOptimizer(torch.optim.Optimizer):
             decay=group["update_norm_decay"],
             eps=group["rotational_eps"],
             dims=over,
-            relative_size_sq=self.inner.relative_size_sq(group, step) if group["transient_correction"] else 1.0,
+            center=group["centering"] != "none",
+            relative_size_sq=self.inner.relative_size_sq(group, age(states[0]))
+            if group["transient_correction"]
+            else 1.0,
             learns=(joined(grads) != 0).any(dim=over, keepdim=True) if forgetful else None,
         )
         for state in states:
@@ -307,9 +323,11 @@ class RotationalOptimizer(torch.optim.Optimizer):
             state[name] = torch.zeros_like(weight, memory_format=torch.preserve_format)
         if dims and "norm" not in state:
             start = center_(weight.clone(), dims) if group["centering"] == "weights" else weight
-            norm = neuron_norm(start, dims)
-            # A norm whose square underflows is as good as 0, and its reciprocal would not be finite.
-            state["norm"] = torch.where(norm.square() < torch.finfo(norm.dtype).tiny, 0.0, norm)
+            norm, precision = neuron_norm(start, dims), torch.finfo(weight.dtype)
+            # As good as 0: a norm whose square underflows (its reciprocal would not be finite), and the rounding that
+            # centring leaves of a constant neuron.
+            none = (norm.square() < precision.tiny) | (norm <= 8 * precision.eps * neuron_norm(weight, dims))
+            state["norm"] = norm.masked_fill(none, 0.0)
             state["update_norm_sq"] = torch.zeros_like(state["norm"])
             state["rotation_step"] = 0
             if group["centering"] == "weights":
@@ -336,6 +354,26 @@ class RotationalOptimizer(torch.optim.Optimizer):
         for group in groups:
             group["match_rms"] = rms
 
+    def _merged(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """A state dict with this optimizer's settings where it has none, once it has been checked."""
+        saved_groups = state_dict["param_groups"]
+        if len(saved_groups) != len(self.param_groups):
+            return state_dict  # torch will say so
+        merged = [{**settings(own), **saved} for own, saved in zip(self.param_groups, saved_groups, strict=True)]
+        for saved, own in zip(merged, self.param_groups, strict=True):
+            for place in saved["params"]:
+                self._check_state(state_dict["state"].get(place, {}), {**saved, **settings(own)})
+            self._check({**saved, "params": own["params"]})
+        return {**state_dict, "param_groups": merged}
+
+    def _check_state(self, state: State, group: Group) -> None:
+        missing = [name for name in self.inner.buffers(group) if state.get(name) is None]
+        if state and missing:
+            raise ValueError(
+                f"Invalid state: it has {', '.join(state)} but no {', '.join(missing)}, so it is not of an optimizer "
+                f"whose moments {type(self).__name__} could continue"
+            )
+
     def _check(self, group: Group) -> None:
         check_group(group)
         self.inner.check(group)
@@ -344,6 +382,11 @@ class RotationalOptimizer(torch.optim.Optimizer):
 def multi_tensor(parameter: Tensor, group: Group) -> bool:
     """Whether the group's backend steps this parameter together with others."""
     return group["backend"] == "foreach" or (group["backend"] == "auto" and parameter.device.type != "cpu")
+
+
+def age(state: State) -> int:
+    """How many gradients the moments in a state have seen: more than it has rotated by, if it was taken over."""
+    return int(state["step"]) if "step" in state else int(state.get("rotation_step", 0))
 
 
 def rms_of(tensor: Tensor) -> float:

@@ -16,9 +16,20 @@ def reduced_dims(ndim: int, neuron_dims: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(dim for dim in range(ndim) if dim not in neurons)
 
 
+ROUNDING_SQ = 64.0
+"""What a projection leaves of a vector it should annihilate: 8 units of rounding, squared."""
+
+
 def center_(tensor: Tensor, dims: tuple[int, ...]) -> Tensor:
     """Subtracts from every neuron the mean of its entries, in place."""
     return tensor.sub_(tensor.mean(dims, keepdim=True))
+
+
+def remove_mean_(tensor: Tensor, dims: tuple[int, ...]) -> Tensor:
+    """Centres every neuron in place; returns the squared norm of what was taken out, per neuron."""
+    mean = tensor.mean(dims, keepdim=True)
+    tensor.sub_(mean)
+    return mean.square() * (tensor.numel() // max(1, mean.numel()))
 
 
 def neuron_norm(weight: Tensor, dims: tuple[int, ...]) -> Tensor:
@@ -39,6 +50,7 @@ def rotate_(
     decay: float,
     eps: float,
     dims: tuple[int, ...],
+    center: bool = False,
     relative_size_sq: float = 1.0,
     learns: Tensor | None = None,
 ) -> None:
@@ -47,6 +59,7 @@ def rotate_(
 
     One step of the paper's algorithm 1, written once for every optimizer::
 
+        u  -= mean(u)                           with `center`
         u  -= p <u,p>/n^2                       the radial part goes
         nu  = decay nu + (1-decay) |u|^2        running average of the update's size, bias corrected by 1-decay^step
         p  -= angle n u/(sqrt(nu^)+eps)         a tangent step of the target size
@@ -54,8 +67,8 @@ def rotate_(
 
     Neurons are independent: a NaN or an infinity in one neuron's update makes that neuron NaN, as it would with the
     plain optimizer, and no other. A neuron whose norm was 0 when its state was made has no direction to turn: it
-    takes the plain step ``p -= lr u`` for good. A neuron whose tangent update is exactly 0 keeps its weights bit for
-    bit.
+    takes the plain step ``p -= lr u`` for good. A neuron whose tangent update is 0, or no more than what rounding left
+    of a radial or constant one, keeps its weights bit for bit.
 
     Args:
         weight: the parameter, in the dtype to compute in.
@@ -68,20 +81,26 @@ def rotate_(
         decay: of the running average; 0 makes every step exactly ``atan(angle)``.
         eps: added to the update's size before dividing by it.
         dims: the dims one neuron spans.
+        center: take the mean out of the update.
         relative_size_sq: expected ``|u|^2`` of this step relative to a late one; the running average is of late sizes.
         learns: per neuron, whether this update counts in the running average; ``None``: all do.
     """
+    rotates = norm > 0
     # A neuron of norm 0 has no tangent space: its update stays as it is.
-    inverse_sq = torch.where(norm > 0, norm.square().reciprocal(), 0.0)
-    update.addcmul_(weight, (update * weight).sum(dims, keepdim=True).mul_(inverse_sq), value=-1)
+    inverse_sq = torch.where(rotates, norm.square().reciprocal(), 0.0)
+    removed_sq = remove_mean_(update, dims) if center else 0.0
+    projection = (update * weight).sum(dims, keepdim=True)
+    removed_sq = removed_sq + projection.square() * inverse_sq
+    update.addcmul_(weight, projection * inverse_sq, value=-1)
     size_sq = update.square().sum(dims, keepdim=True)
+    # Scaled up to the target angle, the rounding of a purely radial or constant update would be a full step of noise.
+    size_sq = size_sq.where(size_sq > ROUNDING_SQ * torch.finfo(size_sq.dtype).eps ** 2 * removed_sq, 0.0)
     late_size_sq = size_sq / relative_size_sq
     update_norm_sq.lerp_(late_size_sq if learns is None else late_size_sq.where(learns, update_norm_sq), 1 - decay)
     if lr == 0:
         return
     size = (update_norm_sq * (relative_size_sq / (1 - decay**step))).sqrt_().add_(eps)
-    size.masked_fill_(size == 0, 1.0)  # with eps 0, of a neuron that has had no update yet
-    rotates = norm > 0
-    weight.addcmul_(update, torch.where(rotates, angle * norm / size, lr), value=-1)
+    moves = rotates & (size_sq != 0)
+    weight.addcmul_(update, torch.where(rotates, torch.where(moves, angle * norm / size, 0.0), lr), value=-1)
     # Rescaling a neuron that did not move would still round it, so it is left alone.
-    weight.mul_(torch.where(rotates & (size_sq != 0), norm / neuron_norm(weight, dims), 1.0))
+    weight.mul_(torch.where(moves, norm / neuron_norm(weight, dims), 1.0))

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from hf_rotational import RotationalAdamW, RotationalLion
+from hf_rotational import RotationalAdamW, RotationalLion, RotationalSGD
 from hf_rotational.optim.precision import ROUNDINGS
 from tests.helpers import (
     LR,
@@ -329,3 +329,26 @@ def test_small_steps_add_up_unless_rounded_to_nearest(rounding: str) -> None:
         remainder = optimizer.state[weight]["compensation"].float()
         # Twenty roundings to 8 bits of a remainder of at most 2^-7, half the last place of weights up to 4.
         torch.testing.assert_close(weight.detach().float() + remainder, exact.detach(), rtol=0, atol=20 * 2**-16)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("centering", ["none", "updates"])
+def test_what_rounding_leaves_of_a_radial_or_constant_update_turns_nothing(dtype: torch.dtype, centering: str) -> None:
+    matrix = nn.Parameter(noise(64, 33, dtype=dtype))
+    before = matrix.detach().clone()
+    optimizer = RotationalSGD([matrix], lr=LR, weight_decay=WEIGHT_DECAY, centering=centering)
+    for step in range(3):
+        matrix.grad = (step + 0.1) * (before if centering == "none" else torch.ones_like(before))
+        optimizer.step()
+    exactly_equal(matrix.detach(), before)
+
+
+def test_a_constant_neuron_has_no_direction_once_its_mean_is_gone() -> None:
+    matrix = nn.Parameter(torch.full((2, 30), 0.1))
+    with torch.no_grad():
+        matrix[1].copy_(noise(30))
+    optimizer = RotationalAdamW([matrix], lr=LR, weight_decay=WEIGHT_DECAY, centering="weights")
+    train(optimizer, [matrix], range(3))
+    # The plain steps, not the 1e-8 that rounding left, are where it is now.
+    assert 0.1 * LR < matrix[0].abs().mean() < 10 * LR
+    assert optimizer.state[matrix]["norm"].flatten().gt(0).tolist() == [False, True]
