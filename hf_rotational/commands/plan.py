@@ -53,7 +53,7 @@ def run(arguments: Namespace) -> None:
     """Carries the command out."""
     from hf_rotational.neurons import plan
 
-    model = _build(arguments.model, arguments.architecture, arguments.weights)
+    model = build_model(arguments.model, arguments.architecture, arguments.weights)
     try:
         rotation_plan = plan(
             model,
@@ -69,7 +69,7 @@ def run(arguments: Namespace) -> None:
         print("Without weights: those that are zero do not rotate either (--weights loads them to see).")
 
 
-def _build(name: str, architecture: str | None, weights: bool) -> PreTrainedModel:
+def build_model(name: str, architecture: str | None, weights: bool) -> PreTrainedModel:
     import torch
     import transformers
 
