@@ -17,7 +17,7 @@ class UnsupportedTransformersError(ImportError):
 
 
 def check_transformers() -> None:
-    """Raise :class:`UnsupportedTransformersError` unless the installed Transformers can be patched."""
+    """Raise :class:``UnsupportedTransformersError`` unless the installed Transformers can be patched."""
     try:
         installed = version("transformers")
     except PackageNotFoundError:

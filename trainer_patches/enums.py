@@ -48,7 +48,7 @@ def add_member(enum_class: type[E], name: str, value: str) -> E:
 
 
 def remove_member(enum_class: type[E], member: E) -> None:
-    """Undo :func:`add_member`: leave every table of ``enum_class`` as it was before."""
+    """Undo :func:``add_member``: leave every table of ``enum_class`` as it was before."""
     name, value = member._name_, member._value_
     if enum_class._member_map_.get(name) is not member:
         raise ValueError(f"{member!r} is not a member of {enum_class.__name__}")

@@ -46,7 +46,7 @@ def apply() -> None:
 
 
 def revert() -> None:
-    """Take out what :func:`apply` put in. Does nothing when nothing is patched."""
+    """Take out what :func:``apply`` put in. Does nothing when nothing is patched."""
     global _applied
     if _applied is not None:
         applied, _applied = _applied, None

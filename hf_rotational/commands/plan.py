@@ -1,4 +1,4 @@
-"""`hf-rotational plan`: prints which parameters of a model rotate, along which dims, and why the others do not."""
+"""``hf-rotational plan``: prints which parameters of a model rotate, along which dims, and why the others do not."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ DESCRIPTION = (
 
 
 def register(commands: Any) -> None:
-    """Adds the command to `commands`, which `ArgumentParser.add_subparsers` returned."""
+    """Adds the command to ``commands``, which ``ArgumentParser.add_subparsers`` returned."""
     parser: ArgumentParser = commands.add_parser(
         "plan", help="show which parameters of a model rotate, and why the others do not", description=DESCRIPTION
     )
@@ -70,6 +70,10 @@ def run(arguments: Namespace) -> None:
 
 
 def build_model(name: str, architecture: str | None, weights: bool) -> PreTrainedModel:
+    """The model a name, a folder and ``--architecture`` mean: with its weights, or built from its config on "meta".
+
+    Raises ``UserError`` where there is no such config, class or file of weights.
+    """
     import torch
     import transformers
 

@@ -1,4 +1,4 @@
-"""`hf-rotational demo`: rotational AdamW against AdamW on a small fine-tuning that needs no network, in minutes."""
+"""``hf-rotational demo``: rotational AdamW against AdamW on a small fine-tuning that needs no network, in minutes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ DESCRIPTION = (
 
 
 def register(commands: Any) -> None:
-    """Adds the command to `commands`, which `ArgumentParser.add_subparsers` returned."""
+    """Adds the command to ``commands``, which ``ArgumentParser.add_subparsers`` returned."""
     parser = commands.add_parser(
         "demo",
         dataclass_types=DemoArguments,

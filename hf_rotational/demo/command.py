@@ -18,10 +18,11 @@ from hf_rotational.monitor.plots import plot_runs, require_matplotlib
 
 
 def run_demo(arguments: DemoArguments) -> tuple[Outcome, Outcome]:
-    """Trains both arms, saves the rotational one to `arguments.output_dir`, prints how they compare and how to load it.
+    """Trains both arms, saves the rotational one to ``arguments.output_dir``, prints how they compare and how to load
+    it.
 
-    Returns the outcomes of AdamW and of rotational AdamW. Raises `UserError` for arguments that cannot be used, before
-    anything is trained or overwritten.
+    Returns the outcomes of AdamW and of rotational AdamW. Raises ``UserError`` for arguments that cannot be used,
+    before anything is trained or overwritten.
     """
     console = Console(highlight=False, markup=False, soft_wrap=True)
     source = packaged_model() if arguments.model is None else arguments.model

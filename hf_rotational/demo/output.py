@@ -22,9 +22,9 @@ PLOT = "training.png"
 
 
 def claim_folder(arguments: DemoArguments) -> None:
-    """Makes `arguments.output_dir` this run's, before anything is trained.
+    """Makes ``arguments.output_dir`` this run's, before anything is trained.
 
-    Raises `UserError` if there is something in it that is not of an earlier demo: that shall not be overwritten. An
+    Raises ``UserError`` if there is something in it that is not of an earlier demo: that shall not be overwritten. An
     earlier demo's is, finished or not.
     """
     folder = Path(arguments.output_dir)
@@ -80,7 +80,7 @@ def result_table(outcomes: tuple[Outcome, ...]) -> Table:
 
 
 def usage(folder: str, text: str) -> str:
-    """Three lines of Python that load the classifier in `folder` with plain Transformers and label `text`."""
+    """Three lines of Python that load the classifier in ``folder`` with plain Transformers and label ``text``."""
     return "\n".join(
         (
             "from transformers import AutoModelForSequenceClassification as Model, AutoTokenizer as Tokenizer",
@@ -91,7 +91,7 @@ def usage(folder: str, text: str) -> str:
 
 
 def write_card(arguments: DemoArguments, model: PreTrainedModel, outcomes: tuple[Outcome, Outcome], text: str) -> None:
-    """Writes the model card of the rotational outcome, the second, as README.md. `text` is an example to classify."""
+    """Writes the model card of the rotational outcome, the second, as README.md. ``text`` is an example to classify."""
     rotational = outcomes[1]
     folder = Path(arguments.output_dir)
     own_data = arguments.train_file is not None

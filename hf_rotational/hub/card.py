@@ -24,7 +24,7 @@ class CardFacts:
     training: Mapping[str, str]
     """What it was trained with: optimizer, learning rate and so on, printed in this order."""
     rotating: str
-    """What rotated: `plan(model).summary()`."""
+    """What rotated: ``plan(model).summary()``."""
     angle: float
     """Radians per step that every rotating neuron turned at the peak of the learning rate."""
     results: Sequence[Mapping[str, str]] = ()
@@ -42,7 +42,7 @@ class CardFacts:
 
 
 def model_card(facts: CardFacts) -> ModelCard:
-    """The card that says `facts`; `str()` of it is the text for README.md. Touches neither network nor disk."""
+    """The card that says ``facts``; ``str()`` of it is the text for README.md. Touches neither network nor disk."""
     data = ModelCardData(
         base_model=facts.base_model,
         library_name="transformers",

@@ -1,4 +1,4 @@
-"""Accuracy for `evaluate.load`: by the name alone it would take the Hub and scikit-learn, this file takes neither."""
+"""Accuracy for ``evaluate.load``: by the name alone it would take the Hub and scikit-learn, this file takes neither."""
 
 from __future__ import annotations
 
