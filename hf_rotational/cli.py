@@ -1,4 +1,4 @@
-"""The command line: `hf-rotational COMMAND --help` says what each command takes."""
+"""The command line: ``hf-rotational COMMAND --help`` says what each command takes."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from collections.abc import Sequence
 from transformers import HfArgumentParser
 
 from hf_rotational import __version__, demo
-from hf_rotational.commands import predict, report
+from hf_rotational.commands import plan, predict, report
 from hf_rotational.errors import UserError
 
 # Each adds one command to what `ArgumentParser.add_subparsers` returned, and sets `run` to what carries it out: a
 # function of the parsed arguments. What a command needs is imported only when it runs, so that --help is quick.
-COMMANDS = (demo.register, report.register, predict.register)
+COMMANDS = (demo.register, plan.register, predict.register, report.register)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Carries out the command in `argv`, by default the process's own. Exits with status 2 if it cannot be."""
+    """Carries out the command in ``argv``, by default the process's own. Exits with status 2 if it cannot be."""
     parser = ArgumentParser(prog="hf-rotational", description="Rotational optimizers for Hugging Face Transformers.")
     parser.add_argument("--version", action="version", version=f"hf-rotational {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True, parser_class=HfArgumentParser)

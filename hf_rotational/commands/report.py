@@ -1,4 +1,4 @@
-"""`hf-rotational report`: draws monitored runs, side by side, into one HTML file and PNGs."""
+"""``hf-rotational report``: draws monitored runs, side by side, into one HTML file and PNGs."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ DESCRIPTION = (
 
 
 def register(commands: Any) -> None:
-    """Adds the command to `commands`, which `ArgumentParser.add_subparsers` returned."""
+    """Adds the command to ``commands``, which ``ArgumentParser.add_subparsers`` returned."""
     parser: ArgumentParser = commands.add_parser(
         "report", help="draw monitored runs into one HTML file", description=DESCRIPTION
     )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +15,8 @@ from transformers.utils import logging
 from hf_rotational.monitor.advice import Adviser
 from hf_rotational.monitor.measure import NeuronStep, neuron_step
 from hf_rotational.monitor.records import FILE_NAME, VERSION, append_record, read_records, write_records
-from hf_rotational.neurons import PlannedParameter, plan
+from hf_rotational.neurons import plan
+from hf_rotational.optim.groups import neuron_span
 from hf_rotational.optim.optimizer import RotationalOptimizer
 from hf_rotational.optim.rotation import reduced_dims
 
@@ -21,6 +24,16 @@ if TYPE_CHECKING:
     from transformers import Trainer
 
 logger = logging.get_logger(f"transformers.{__name__}")
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A parameter that is measured."""
+
+    name: str
+    parameter: Tensor
+    dims: tuple[int, ...]
+    """The dims one neuron spans."""
 
 
 class RotationMonitor(TrainerCallback):
@@ -52,7 +65,7 @@ class RotationMonitor(TrainerCallback):
             raise ValueError(f"Invalid every: {every} (must be at least 1)")
         self.every = every
         self.records: list[dict[str, Any]] = []
-        self._planned: tuple[PlannedParameter, ...] = ()
+        self._measured: tuple[Measured, ...] = ()
         self._before: list[Tensor] = []
         self._adviser: Adviser | None = None
         self._logged = 0
@@ -71,12 +84,11 @@ class RotationMonitor(TrainerCallback):
         """Plans the model and starts the file, keeping the records of a run that is resumed."""
         model: nn.Module = kwargs["model"]
         optimizer = unwrapped(kwargs.get("optimizer"))
-        self._planned = plan(model).rotating
-        if isinstance(optimizer, RotationalOptimizer):
-            rotating = {parameter for parameter, _ in optimizer.rotating()}
-            self._planned = tuple(entry for entry in plan(model) if entry.parameter in rotating)
-        low_precision = any(entry.parameter.dtype.itemsize < 4 for entry in self._planned)
-        self._adviser = Adviser(logger.warning if state.is_world_process_zero else lambda _: None, low_precision)
+        self._measured = measured(model, optimizer)
+        say = logger.warning if state.is_world_process_zero else lambda _: None
+        if not self._measured:
+            say(f"RotationMonitor: no parameter of {type(model).__name__} rotates, so there is nothing to measure")
+        self._adviser = Adviser(say, any(entry.parameter.dtype.itemsize < 4 for entry in self._measured))
         path = self._path(args)
         self.records = self._records_until(state.global_step, path)
         self._logged = len(self.records)
@@ -88,7 +100,7 @@ class RotationMonitor(TrainerCallback):
     ) -> None:
         """Copies the weights if this step is measured. ``global_step`` still counts the steps before this one."""
         if state.global_step % self.every == 0:
-            self._before = [entry.parameter.detach().clone() for entry in self._planned]
+            self._before = [entry.parameter.detach().clone() for entry in self._measured]
 
     @torch.no_grad()
     def on_optimizer_step(
@@ -99,8 +111,8 @@ class RotationMonitor(TrainerCallback):
         if not before or getattr(kwargs["optimizer"], "step_was_skipped", False):
             return  # not measured, or the gradient scaler found an infinity
         steps = {
-            entry.name: neuron_step(copy, entry.parameter, span(entry))
-            for copy, entry in zip(before, self._planned, strict=True)
+            entry.name: neuron_step(copy, entry.parameter, entry.dims)
+            for copy, entry in zip(before, self._measured, strict=True)
         }
         record = self._record(state.global_step + 1, steps, unwrapped(kwargs["optimizer"]))
         self.records.append(record)
@@ -133,34 +145,30 @@ class RotationMonitor(TrainerCallback):
         targets: dict[Tensor, float] = {}
         if isinstance(optimizer, RotationalOptimizer):
             targets = {parameter: optimizer.target_rotation(group) for parameter, group in optimizer.rotating()}
-        angles = torch.cat([step.angle for step in steps.values()])
-        low, high = torch.quantile(_sample(angles), torch.tensor([0.1, 0.9], dtype=angles.dtype)).tolist()
-        aims = [targets.get(entry.parameter) for entry in self._planned]
-        weighted = [
-            (aim, len(steps[e.name].angle)) for e, aim in zip(self._planned, aims, strict=True) if aim is not None
-        ]
+        layers: dict[str, dict[str, Any]] = {}
+        weighted = []
+        for entry in self._measured:
+            aim = targets.get(entry.parameter)
+            layers[entry.name] = {**_means_and_deviations(steps[entry.name]), "target": aim}
+            if aim is not None:
+                weighted.append((aim, len(steps[entry.name].angle)))
         neurons = sum(count for _, count in weighted)
         return {
             "step": step,
-            "learning_rate": float(optimizer.param_groups[0]["lr"]),
-            "rotation": float(angles.mean()),
+            "learning_rate": float(self._group(optimizer)["lr"]),
+            **_over_all([step.angle for step in steps.values()]),
             "target": sum(aim * count for aim, count in weighted) / neurons if neurons else None,
-            "balance": high / low if low else None,
-            "layers": {
-                entry.name: {
-                    **{quantity: _mean_and_deviation(value) for quantity, value in vars(steps[entry.name]).items()},
-                    "target": aim,
-                }
-                for entry, aim in zip(self._planned, aims, strict=True)
-            },
+            "layers": layers,
         }
 
     def _header(
         self, args: TrainingArguments, state: TrainerState, model: nn.Module, optimizer: torch.optim.Optimizer | None
     ) -> dict[str, Any]:
-        group = optimizer.param_groups[-1] if optimizer else {}
+        group = self._group(optimizer) if optimizer else {}
         plain = (str, int, float, bool, type(None))
         settings = {name: value for name, value in group.items() if isinstance(value, plain)}
+        if "initial_lr" in settings:  # the schedule may begin at 0
+            settings["lr"] = settings.pop("initial_lr")
         return {
             "version": VERSION,
             "model": type(model).__name__,
@@ -171,10 +179,21 @@ class RotationMonitor(TrainerCallback):
             "max_steps": state.max_steps,
             "every": self.every,
             "parameters": {
-                entry.name: {"shape": list(entry.parameter.shape), "neuron_dims": list(entry.neuron_dims)}
-                for entry in self._planned
+                entry.name: {
+                    "shape": list(entry.parameter.shape),
+                    "neuron_dims": [dim for dim in range(entry.parameter.ndim) if dim not in entry.dims],
+                    "dtype": str(entry.parameter.dtype).removeprefix("torch."),
+                }
+                for entry in self._measured
             },
         }
+
+    def _group(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+        """The group of the first parameter that is measured: others' learning rate and weight decay say little."""
+        for group in optimizer.param_groups:
+            if self._measured and any(parameter is self._measured[0].parameter for parameter in group["params"]):
+                return group
+        return optimizer.param_groups[0]
 
     def _records_until(self, step: int, path: Path) -> list[dict[str, Any]]:
         if not step or not path.is_file():
@@ -194,15 +213,39 @@ def unwrapped(optimizer: Any) -> Any:
     return getattr(optimizer, "optimizer", optimizer)
 
 
-def span(entry: PlannedParameter) -> tuple[int, ...]:
-    """The dims one neuron of a planned parameter spans."""
-    return reduced_dims(entry.parameter.ndim, entry.neuron_dims)
+def measured(model: nn.Module, optimizer: Any) -> tuple[Measured, ...]:
+    """What rotates or, if the optimizer does not rotate anything, what would. Frozen parameters are left out."""
+    if isinstance(optimizer, RotationalOptimizer):
+        spans = {parameter: neuron_span(parameter, group) for parameter, group in optimizer.rotating()}
+    else:
+        spans = {
+            entry.parameter: reduced_dims(entry.parameter.ndim, entry.neuron_dims)
+            for entry in plan(model).rotating
+            if entry.parameter.requires_grad
+        }
+    return tuple(
+        Measured(name, parameter, spans[parameter])
+        for name, parameter in model.named_parameters()
+        if parameter in spans
+    )
 
 
-def _mean_and_deviation(values: Tensor) -> list[float]:
-    if not len(values):
-        return [0.0, 0.0]
-    return [float(values.mean()), float(values.std(correction=0))]
+def _over_all(layers: list[Tensor]) -> dict[str, float | None]:
+    """``rotation`` and ``balance`` of a step; ``None`` where no neuron has a direction, or too many are still."""
+    angles = torch.cat([layer.to(layers[0].device) for layer in layers])  # a model may be spread over devices
+    if not len(angles):
+        return {"rotation": None, "balance": None}
+    low, high = torch.quantile(_sample(angles), angles.new_tensor([0.1, 0.9])).tolist()
+    return {"rotation": float(angles.mean()), "balance": high / low if low else None}
+
+
+def _means_and_deviations(step: NeuronStep) -> dict[str, list[float] | None]:
+    if not len(step.angle):
+        return dict.fromkeys(vars(step))
+    values = torch.stack(tuple(vars(step).values()))
+    # One transfer from the device for all of them.
+    both = torch.stack((values.mean(1), values.std(1, correction=0)), dim=1).tolist()
+    return {name: pair if all(map(math.isfinite, pair)) else None for name, pair in zip(vars(step), both, strict=True)}
 
 
 def _sample(values: Tensor, most: int = 1 << 20) -> Tensor:

@@ -12,7 +12,10 @@ from hf_rotational.optim.rotation import neuron_norm
 
 @dataclass(frozen=True)
 class NeuronStep:
-    """One value per neuron of a weight, flattened, in float32 or wider; none for neurons of norm 0 before or after."""
+    """One value per neuron of a weight, flattened, in float32 or wider.
+
+    Neurons without a direction before or after the step, because their norm is 0 or not finite, are left out.
+    """
 
     angle: Tensor
     """How far the neuron turned, in radians."""
@@ -38,7 +41,7 @@ def neuron_step(before: Tensor, after: Tensor, dims: tuple[int, ...]) -> NeuronS
     chord = neuron_norm(after / end - before / start, dims)
     step = neuron_norm(after - before, dims)
     start, end, chord, step = (_whole(tensor).flatten() for tensor in (start, end, chord, step))
-    alive = (start > 0) & (end > 0)
+    alive = (start > 0) & (end > 0) & (start + end).isfinite()
     return NeuronStep(
         angle=chord[alive].div(2).clamp(max=1).asin().mul(2),
         relative_update=step[alive] / start[alive],

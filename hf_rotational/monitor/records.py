@@ -2,8 +2,9 @@
 
 The first line says what was run, ``{"version": 1, "optimizer": ..., "parameters": {name: {...}}, ...}``; every other
 line is one measured step: ``step``, ``learning_rate``, ``rotation`` and ``target`` (means over neurons, radians per
-step), ``balance`` (90th over 10th percentile of the angles) and ``layers``: for each parameter the mean and the
-standard deviation over its neurons of ``angle`` (radians), ``relative_update`` and ``norm``.
+step), ``balance`` (90th over 10th percentile of the angles) and ``layers``: for each parameter its ``target`` and the
+mean and the standard deviation over its neurons of ``angle`` (radians), ``relative_update`` and ``norm``. What there is
+none of is ``null``: targets of an optimizer that has none, means over no neurons with a finite direction.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from typing import Any
 
 FILE_NAME = "rotation.jsonl"
 VERSION = 1
+FIELDS = frozenset({"step", "learning_rate", "rotation", "target", "balance", "layers"})
+"""What every record of this version has."""
 
 
 @dataclass(frozen=True)
@@ -42,16 +45,20 @@ def read_records(run_dir: str | Path) -> RunRecords:
             f"{path} does not exist: the run had no RotationMonitor (--rotation_logging_steps), or this is not its "
             "output directory"
         )
-    objects, problems = [], []
-    for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), start=1):
-        try:
-            objects.append(json.loads(line))
-        except json.JSONDecodeError:
-            problems.append(f"{path}: line {number} is not complete and was skipped")
-    version = objects[0].get("version") if objects and isinstance(objects[0], dict) else None
+    header, *lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    version = _version(header)
+    if version is None:
+        raise ValueError(f"{path}: the first line does not say what was run; these are not the records of a run")
     if version != VERSION:
         raise ValueError(f"{path}: version {version!r} of the records is not known here (known: {VERSION})")
-    return RunRecords(objects[0], objects[1:], problems)
+    steps, problems = [], []
+    for number, line in enumerate(lines, start=2):
+        record = _record(line)
+        if record is not None:
+            steps.append(record)
+        elif line:
+            problems.append(f"{path}: line {number} is not complete and was skipped")
+    return RunRecords(json.loads(header), steps, problems)
 
 
 def write_records(path: Path, objects: Iterable[dict[str, Any]]) -> None:
@@ -66,3 +73,23 @@ def append_record(path: Path, entry: dict[str, Any]) -> None:
     """Adds one line."""
     with path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(entry) + "\n")
+
+
+def _version(line: str) -> Any:
+    """What a header says its version is; ``None`` if the line is no header."""
+    header = _object(line)
+    return header.get("version") if header else None
+
+
+def _record(line: str) -> dict[str, Any] | None:
+    """The record on a line; ``None`` if it is not a whole one."""
+    record = _object(line)
+    return record if record is not None and record.keys() >= FIELDS else None
+
+
+def _object(line: str) -> dict[str, Any] | None:
+    try:
+        value = json.loads(line)
+    except json.JSONDecodeError:
+        return None
+    return value if isinstance(value, dict) else None
