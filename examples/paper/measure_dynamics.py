@@ -87,7 +87,7 @@ def measure(build: Callable[[], tuple[PreTrainedModel, Dataset]], optim: str, st
             adam_beta2=BETAS[1],
             lr_scheduler_type="constant",
             max_steps=steps,
-            per_device_train_batch_size=32,
+            per_device_train_batch_size=16,
             logging_strategy="no",
             save_strategy="no",
             rotation_logging_steps=EVERY,

@@ -18,6 +18,7 @@ from hf_rotational.monitor.records import FILE_NAME, VERSION, append_record, rea
 from hf_rotational.neurons import plan
 from hf_rotational.optim.groups import neuron_span
 from hf_rotational.optim.optimizer import RotationalOptimizer
+from hf_rotational.optim.precision import COMPENSATION, compute_dtype
 from hf_rotational.optim.rotation import reduced_dims
 
 if TYPE_CHECKING:
@@ -100,7 +101,7 @@ class RotationMonitor(TrainerCallback):
     ) -> None:
         """Copies the weights if this step is measured. ``global_step`` still counts the steps before this one."""
         if state.global_step % self.every == 0:
-            self._before = [entry.parameter.detach().clone() for entry in self._measured]
+            self._before = [weight(entry.parameter, kwargs["optimizer"]).clone() for entry in self._measured]
 
     @torch.no_grad()
     def on_optimizer_step(
@@ -111,7 +112,7 @@ class RotationMonitor(TrainerCallback):
         if not before or getattr(kwargs["optimizer"], "step_was_skipped", False):
             return  # not measured, or the gradient scaler found an infinity
         steps = {
-            entry.name: neuron_step(copy, entry.parameter, entry.dims)
+            entry.name: neuron_step(copy, weight(entry.parameter, kwargs["optimizer"]), entry.dims)
             for copy, entry in zip(before, self._measured, strict=True)
         }
         record = self._record(state.global_step + 1, steps, unwrapped(kwargs["optimizer"]))
@@ -211,6 +212,16 @@ class RotationMonitor(TrainerCallback):
 def unwrapped(optimizer: Any) -> Any:
     """The optimizer inside Accelerate's, if it is one."""
     return getattr(optimizer, "optimizer", optimizer)
+
+
+def weight(parameter: Tensor, optimizer: Any) -> Tensor:
+    """The weight as the optimizer has it: with ``rounding="kahan"``, what is stored plus what rounding cut off.
+
+    Stored alone, 16-bit weights wait for many steps and then jump: single angles are several times too large.
+    """
+    remainder = unwrapped(optimizer).state.get(parameter, {}).get(COMPENSATION)
+    stored = parameter.detach()
+    return stored if remainder is None else stored.to(compute_dtype(stored)) + remainder
 
 
 def measured(model: nn.Module, optimizer: Any) -> tuple[Measured, ...]:
