@@ -252,12 +252,17 @@ def _owners(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, list[_Owner]]
 
 
 def _task_heads(model: nn.Module) -> frozenset[nn.Parameter]:
-    """What models for tasks with labels hold outside their pretrained body."""
+    """What models for tasks with labels hold outside their pretrained body, and the pooler that only feeds it.
+
+    No normalization follows these, so their norms set the scale of the logits, which fine-tuning has to find.
+    Checkpoints often come with a pooler that was never trained: held at its small norm it would cap the logits.
+    """
     heads: set[nn.Parameter] = set()
     for module in model.modules():
         if isinstance(module, PreTrainedModel) and LABEL_TASKS.search(type(module).__name__):
             body = module.base_model
             heads.update(set(module.parameters()) - set(body.parameters()))
+            heads.update(parameter for name, parameter in body.named_parameters() if name.startswith("pooler."))
     return frozenset(heads)
 
 

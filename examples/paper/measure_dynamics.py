@@ -1,12 +1,12 @@
 """The paper's first figure: weight decay brings AdamW's neurons to a steady norm and a steady angle per step.
 
 Trains a small GPT-2 on the source of Python's standard library and a small ViT on scikit-learn's handwritten digits,
-each with AdamW and with RotationalAdamW at the same constant learning rate and weight decay, and measures every
-layer. AdamW's norms and angles converge to the dashed predictions of ``hf_rotational.equilibrium``; the rotational
-optimizer's angle is on its line from the first step, at the norm it started with.
+each with AdamW and with RotationalAdamW at the same constant learning rate and weight decay, and measures every layer.
+AdamW turns ten times too fast at first, then its norms and angles move towards the dashed predictions of
+``hf_rotational.equilibrium``; layers that no normalization follows stay off them, since the scale of their neurons
+matters. The rotational optimizer is on the line of the angle from the first step, at the norms it started with.
 
-    python examples/paper/measure_dynamics.py            # about 3 minutes on 2 cores; writes
-    docs/figures/measure_dynamics.png
+    python examples/paper/measure_dynamics.py   # about 5 minutes on 2 cores; draws docs/figures/measure_dynamics.png
 """
 
 from __future__ import annotations
@@ -160,7 +160,7 @@ def main() -> None:
     panels[0][1].legend(frameon=False)
     arguments.figure.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(arguments.figure, dpi=130)
-    Console().print(table)
+    Console(width=110).print(table)
 
 
 if __name__ == "__main__":

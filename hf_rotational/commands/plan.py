@@ -52,6 +52,7 @@ def register(commands: Any) -> None:
 def run(arguments: Namespace) -> None:
     """Carries the command out."""
     from hf_rotational.neurons import plan
+    from hf_rotational.optim.config import parse_multipliers
 
     model = build_model(arguments.model, arguments.architecture, arguments.weights)
     try:
@@ -60,7 +61,7 @@ def run(arguments: Namespace) -> None:
             include=arguments.include,
             exclude=arguments.exclude,
             embeddings=arguments.embeddings,
-            multipliers=dict(map(_multiplier, arguments.multiplier)),
+            multipliers=parse_multipliers(arguments.multiplier),
         )
     except ValueError as error:
         raise UserError(str(error)) from None
@@ -94,11 +95,3 @@ def build_model(name: str, architecture: str | None, weights: bool) -> PreTraine
     with torch.device("meta"):
         built: PreTrainedModel = cls.from_config(config) if cls is transformers.AutoModel else cls(config)
     return built
-
-
-def _multiplier(text: str) -> tuple[str, float]:
-    pattern, equals, factor = text.rpartition("=")
-    try:
-        return pattern, float(factor if equals and pattern else "")
-    except ValueError:
-        raise UserError(f"Invalid --multiplier: {text!r} (must be PATTERN=FACTOR, such as 'mlp=0.5')") from None

@@ -30,7 +30,7 @@ class DemoArguments:
     )
     max_steps: int = field(default=250, metadata={"help": "Optimizer steps of each of the two runs."})
     per_device_train_batch_size: int = field(default=16, metadata={"help": "Texts per step and device."})
-    learning_rate: float = field(default=1e-4, metadata={"help": "Peak learning rate of both runs."})
+    learning_rate: float = field(default=3e-4, metadata={"help": "Peak learning rate of both runs."})
     max_length: int = field(default=32, metadata={"help": "Tokens of a text that are read; what follows is cut."})
     seed: int = field(default=42, metadata={"help": "Decides the new classifier, the order of the texts and dropout."})
 

@@ -53,8 +53,10 @@ def test_every_parameter_is_listed_once(bert: nn.Module, gpt2: nn.Module) -> Non
 
 def test_bert_rotates_its_linear_layers_but_not_the_new_head(bert: nn.Module) -> None:
     linear = {f"{name}.weight": (0,) for name, module in bert.named_modules() if isinstance(module, nn.Linear)}
-    assert linear.pop("classifier.weight") == (0,)
+    assert linear.pop("classifier.weight") == linear.pop("bert.pooler.dense.weight") == (0,)
     assert dims(bert) == linear
+    assert reasons(bert)["bert.pooler.dense.weight"] == "task head"
+    assert dims(bert.bert)["pooler.dense.weight"] == (0,)
     assert reasons(bert)["classifier.weight"] == "task head"
     assert reasons(bert)["bert.embeddings.word_embeddings.weight"] == "embedding"
 
@@ -163,7 +165,7 @@ def test_a_router_in_a_layer_is_no_task_head() -> None:
 
 
 def test_multipliers_go_to_what_rotates_and_the_last_match_counts(bert: nn.Module) -> None:
-    scaled = plan(bert, multipliers={"attention": 0.5, "query|pooler": 2, "word_embeddings|value": 3.0})
+    scaled = plan(bert, multipliers={"attention": 0.5, "query|intermediate": 2, "word_embeddings|value": 3.0})
     factors = {entry.name.split("bert.")[1]: entry.multiplier for entry in scaled if entry.multiplier != 1}
     layer = "encoder.layer.0.attention"
     assert factors == {
@@ -171,7 +173,7 @@ def test_multipliers_go_to_what_rotates_and_the_last_match_counts(bert: nn.Modul
         f"{layer}.self.key.weight": 0.5,
         f"{layer}.self.value.weight": 3,
         f"{layer}.output.dense.weight": 0.5,
-        "pooler.dense.weight": 2,
+        "encoder.layer.0.intermediate.dense.weight": 2,
     }
     groups = scaled.parameter_groups(rotating={"weight_decay": 0.1})
     assert {group.get("rotation_scale") for group in groups if group["rotational"]} == {None, 0.5, 2, 3}

@@ -55,13 +55,13 @@ def test_options_reach_the_plan(folder: str, capsys: pytest.CaptureFixture[str])
     run(
         folder,
         *("--architecture", "BertForSequenceClassification", "--include", "^classifier", "--exclude", "query", "key"),
-        *("--embeddings", "--multiplier", "value=0.5", "pooler=2"),
+        *("--embeddings", "--multiplier", "value=0.5", "intermediate=2"),
     )
     text = capsys.readouterr().out
     assert row(text, "classifier.weight").endswith("yes: included")
     assert row(text, "bert.encoder.layer.0.attention.self.key.weight").endswith("no: excluded")
     assert row(text, "bert.encoder.layer.0.attention.self.value.weight").endswith("yes: weight matrix, angle x 0.5")
-    assert row(text, "bert.pooler.dense.weight").endswith("angle x 2")
+    assert row(text, "bert.encoder.layer.0.intermediate.dense.weight").endswith("angle x 2")
     assert "yes" in row(text, "bert.embeddings.word_embeddings.weight")
 
 
@@ -70,8 +70,8 @@ def test_options_reach_the_plan(folder: str, capsys: pytest.CaptureFixture[str])
     [
         (("--architecture", "BertForNothing"), "'BertForNothing' is no model class of transformers"),
         (("--exclude", "decoder_x"), "exclude: 'decoder_x' matches no parameter"),
-        (("--multiplier", "value"), "Invalid --multiplier: 'value'"),
-        (("--multiplier", "value=fast"), "Invalid --multiplier: 'value=fast'"),
+        (("--multiplier", "value"), "Invalid multipliers: 'value'"),
+        (("--multiplier", "value=fast"), "Invalid multipliers: 'value=fast'"),
         (("--multiplier", "value=-1"), "Invalid multiplier: 'value': -1"),
     ],
 )
