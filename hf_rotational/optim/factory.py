@@ -99,13 +99,18 @@ class RotationalOptimizerFactory:
         return optimizer
 
 
-def factory_kwargs(args: TrainingArguments) -> dict[str, Any]:
-    """The factory's keyword arguments, read from training arguments.
+def optim_name(args: TrainingArguments) -> str:
+    """The value of ``args.optim``, which the Trainer makes a member of an enum."""
+    return str(getattr(args.optim, "value", args.optim))
+
+
+def factory_kwargs(args: TrainingArguments, optim: str | None = None) -> dict[str, Any]:
+    """The factory's keyword arguments, read from training arguments; ``optim`` is by default theirs.
 
     Raises:
         ValueError: for an ``optim_args`` key that is neither a rotational setting nor a hyperparameter of ``optim``.
     """
-    optim = str(getattr(args.optim, "value", args.optim))
+    optim = optim or optim_name(args)
     stated = {"betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
     taken = hyperparameters(optimizer_class(optim))
     return {
@@ -113,12 +118,12 @@ def factory_kwargs(args: TrainingArguments) -> dict[str, Any]:
         "lr": args.learning_rate,
         "weight_decay": args.weight_decay,
         **{name: value for name, value in stated.items() if name in taken},
-        **factory_settings(args),
+        **factory_settings(args, optim),
     }
 
 
-def factory_settings(args: TrainingArguments) -> dict[str, Any]:
-    """The rotational settings and extra hyperparameters among training arguments.
+def factory_settings(args: TrainingArguments, optim: str) -> dict[str, Any]:
+    """The rotational settings, and the hyperparameters of ``optim``, among training arguments.
 
     They come from the ``rotation*`` fields of :class:`~hf_rotational.RotationalTrainingArguments`, where ``args`` has
     them, and from ``optim_args`` (``"rotation=match,centering=updates"``; ``"momentum=0.9"`` for SGD), which wins.
@@ -128,7 +133,7 @@ def factory_settings(args: TrainingArguments) -> dict[str, Any]:
     """
     settings = vars(RotationalConfig())
     fields = {name: getattr(args, argument_name(name), None) for name in settings}
-    extra = hyperparameters(optimizer_class(str(getattr(args.optim, "value", args.optim))))
+    extra = hyperparameters(optimizer_class(optim))
     # Betas hold a comma, which separates optim_args; they have arguments of their own.
     readable = {name: default for name, default in extra.items() if not isinstance(default, tuple)}
     given = parse_settings(parse_optim_args(args.optim_args), {**settings, **readable})

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from transformers import TrainingArguments
 
 from hf_rotational.optim.config import RotationalConfig, parse_rotation
-from hf_rotational.optim.factory import OPTIMIZERS, factory_settings
+from hf_rotational.optim.factory import OPTIMIZERS, factory_settings, optim_name
 
 _DEFAULT = RotationalConfig()
 
@@ -88,7 +88,7 @@ class RotationalTrainingArguments(TrainingArguments):
     )
 
     def __post_init__(self) -> None:
-        optim = str(getattr(self.optim, "value", self.optim))
+        optim = optim_name(self)
         if optim in OPTIMIZERS:
             # The parent converts optim to its own enum, which need not know our names.
             self.optim = "adamw_torch"
@@ -98,5 +98,5 @@ class RotationalTrainingArguments(TrainingArguments):
         if optim in OPTIMIZERS:
             self.optim = optim
             self.rotation = parse_rotation(self.rotation)  # type: ignore[assignment]
-            given = factory_settings(self)
+            given = factory_settings(self, optim)
             RotationalConfig(**{name: given[name] for name in RotationalConfig.keys()})  # noqa: SIM118 (not a mapping)

@@ -6,10 +6,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from transformers import Trainer
+from transformers import Trainer, TrainingArguments
 
 from hf_rotational.monitor.callback import RotationMonitor
-from hf_rotational.optim.factory import OPTIMIZERS, RotationalOptimizerFactory, factory_kwargs
+from hf_rotational.optim.factory import OPTIMIZERS, RotationalOptimizerFactory, factory_kwargs, optim_name
+from hf_rotational.training.arguments import RotationalTrainingArguments
 
 if TYPE_CHECKING:
     _Base = Trainer
@@ -20,7 +21,8 @@ else:
 class RotationalTrainerMixin(_Base):
     """Makes any Trainer rotational: ``class MyTrainer(RotationalTrainerMixin, SFTTrainer)``.
 
-    Builds the optimizer named by ``args.optim`` where that is a rotational one, and attaches a
+    Builds the optimizer named by ``args.optim`` where that is a rotational one, and RotationalAdamW with its defaults
+    where ``args`` are no :class:`~hf_rotational.RotationalTrainingArguments` and name none. Attaches a
     :class:`~hf_rotational.RotationMonitor` (one in ``callbacks``, or one of its own by
     ``args.rotation_logging_steps``). Everything else is the Trainer's, so with another ``optim``, or with an
     optimizer passed in, it trains as the class it is mixed into.
@@ -35,14 +37,25 @@ class RotationalTrainerMixin(_Base):
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """Builds the optimizer; see :class:`~hf_rotational.RotationalOptimizerFactory` for what it raises."""
-        if self.optimizer is None and self.optimizer_cls_and_kwargs is None and str(self.args.optim) in OPTIMIZERS:
+        optim = self._rotational_optim()
+        if self.optimizer is None and self.optimizer_cls_and_kwargs is None and optim is not None:
             opt_model: nn.Module = self.model if model is None else model  # type: ignore[assignment]
             decays = frozenset(self.get_decay_parameter_names(opt_model))
             self.optimizer = RotationalOptimizerFactory()(
-                opt_model, decays=decays.__contains__, **factory_kwargs(self.args)
+                opt_model, decays=decays.__contains__, **factory_kwargs(self.args, optim)
             )
             return self.optimizer
         return super().create_optimizer(model)
+
+    def _rotational_optim(self) -> str | None:
+        optim = optim_name(self.args)
+        if optim in OPTIMIZERS:
+            return optim
+        # Others' arguments (SFTConfig, ...) cannot name ours, and their default is nobody's choice.
+        stock = TrainingArguments.__dataclass_fields__["optim"].default
+        if not isinstance(self.args, RotationalTrainingArguments) and optim == getattr(stock, "value", stock):
+            return "rotational_adamw"
+        return None
 
 
 class RotationalTrainer(RotationalTrainerMixin, Trainer):

@@ -86,6 +86,16 @@ def test_the_factory_in_the_stock_trainer_gives_the_same_weights(tmp_path: Path,
         assert torch.equal(first, second), name
 
 
+@pytest.mark.parametrize(("optim", "rotates"), [({}, True), ({"optim": "adamw_torch"}, False)])
+def test_with_others_arguments_it_rotates_unless_they_name_an_optimizer(
+    tmp_path: Path, dataset: Dataset, optim: dict[str, str], rotates: bool
+) -> None:
+    args = TrainingArguments(output_dir=str(tmp_path), **SETTINGS, **optim)
+    trainer = RotationalTrainer(model=model(), args=args, train_dataset=dataset)
+    trainer.train()
+    assert torch.allclose(norms(trainer.model), norms(model()), rtol=1e-5, atol=0.0) == rotates
+
+
 def test_with_a_stock_optimizer_it_is_the_stock_trainer(tmp_path: Path, dataset: Dataset) -> None:
     arguments = {**SETTINGS, "output_dir": str(tmp_path), "optim": "adamw_torch"}
     ours = RotationalTrainer(model=model(), args=RotationalTrainingArguments(**arguments), train_dataset=dataset)

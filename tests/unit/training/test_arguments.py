@@ -14,7 +14,7 @@ def test_nothing_to_set_but_the_directory(tmp_path: Path) -> None:
     args = RotationalTrainingArguments(output_dir=str(tmp_path))
     assert args.optim == "rotational_adamw"
     assert args.warmup_steps == 0
-    assert RotationalConfig(**factory_settings(args)) == RotationalConfig()
+    assert RotationalConfig(**factory_settings(args, args.optim)) == RotationalConfig()
 
 
 def test_every_setting_has_an_argument_with_help() -> None:
@@ -32,7 +32,7 @@ def test_command_line_and_file_agree(tmp_path: Path) -> None:
     (from_words,) = parser.parse_args_into_dataclasses(words)
     assert from_file.to_dict() == from_words.to_dict()
     assert from_words.rotation == 0.01
-    assert factory_settings(from_words)["exclude"] == ["query"]
+    assert factory_settings(from_words, from_words.optim)["exclude"] == ["query"]
 
 
 def test_stock_optimizers_stay_available(tmp_path: Path) -> None:
