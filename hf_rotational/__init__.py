@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from hf_rotational.optim.optimizers import RotationalAdam, RotationalAdamW, RotationalLion, RotationalSGD
     from hf_rotational.optim.wrap import rotational
     from hf_rotational.training.arguments import RotationalTrainingArguments
-    from hf_rotational.training.trainer import RotationalTrainer, RotationalTrainerMixin
+    from hf_rotational.training.trainer import RotationalSeq2SeqTrainer, RotationalTrainer, RotationalTrainerMixin
 
 __version__ = "0.1.0"
 
@@ -28,6 +28,7 @@ _HOME = {
     "RotationalLion": "optim.optimizers",
     "RotationalOptimizerFactory": "optim.factory",
     "RotationalSGD": "optim.optimizers",
+    "RotationalSeq2SeqTrainer": "training.trainer",
     "RotationalTrainer": "training.trainer",
     "RotationalTrainerMixin": "training.trainer",
     "RotationalTrainingArguments": "training.arguments",
@@ -44,6 +45,7 @@ __all__ = [
     "RotationalLion",
     "RotationalOptimizerFactory",
     "RotationalSGD",
+    "RotationalSeq2SeqTrainer",
     "RotationalTrainer",
     "RotationalTrainerMixin",
     "RotationalTrainingArguments",

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from transformers import Trainer, TrainingArguments
+from transformers import Seq2SeqTrainer, Trainer, TrainingArguments
 
 from hf_rotational.monitor.callback import RotationMonitor
 from hf_rotational.optim.factory import OPTIMIZERS, RotationalOptimizerFactory, factory_kwargs, optim_name
@@ -56,6 +56,13 @@ class RotationalTrainerMixin(_Base):
         if not isinstance(self.args, RotationalTrainingArguments) and optim == getattr(stock, "value", stock):
             return "rotational_adamw"
         return None
+
+
+class RotationalSeq2SeqTrainer(RotationalTrainerMixin, Seq2SeqTrainer):
+    """``transformers.Seq2SeqTrainer`` with a rotational optimizer.
+
+    Takes ``Seq2SeqTrainingArguments``; rotational settings go into their ``optim_args``, as for a script.
+    """
 
 
 class RotationalTrainer(RotationalTrainerMixin, Trainer):

@@ -10,6 +10,9 @@ from transformers import (
     AutoModelForSequenceClassification,
     BertConfig,
     BertForSequenceClassification,
+    Seq2SeqTrainingArguments,
+    T5Config,
+    T5ForConditionalGeneration,
     Trainer,
     TrainingArguments,
     set_seed,
@@ -17,6 +20,7 @@ from transformers import (
 
 from hf_rotational import (
     RotationalOptimizerFactory,
+    RotationalSeq2SeqTrainer,
     RotationalTrainer,
     RotationalTrainingArguments,
     RotationMonitor,
@@ -94,6 +98,28 @@ def test_with_others_arguments_it_rotates_unless_they_name_an_optimizer(
     trainer = RotationalTrainer(model=model(), args=args, train_dataset=dataset)
     trainer.train()
     assert torch.allclose(norms(trainer.model), norms(model()), rtol=1e-5, atol=0.0) == rotates
+
+
+def test_sequence_to_sequence_rotates_by_optim_args_and_generates(tmp_path: Path) -> None:
+    set_seed(0)
+    config = T5Config(d_model=16, d_kv=8, d_ff=24, num_layers=1, num_heads=2, vocab_size=30, decoder_start_token_id=0)
+    trained = T5ForConditionalGeneration(config)
+    rows = [[(3 * row + column) % 28 + 2 for column in range(6)] for row in range(16)]
+    pairs = Dataset.from_dict({"input_ids": rows, "labels": rows})
+    start = norms(trained)
+    trainer = RotationalSeq2SeqTrainer(
+        model=trained,
+        args=Seq2SeqTrainingArguments(
+            output_dir=str(tmp_path), optim_args="rotation=0.01", predict_with_generate=True, **SETTINGS
+        ),
+        train_dataset=pairs,
+        eval_dataset=pairs,
+    )
+    trainer.train()
+    torch.testing.assert_close(norms(trained), start, rtol=1e-5, atol=0.0)
+    optimizer = trainer.optimizer.optimizer
+    assert {group["rotation"] for group in optimizer.param_groups if group["rotational"]} == {0.01}
+    assert trainer.predict(pairs).predictions.shape[0] == len(rows)
 
 
 def test_with_a_stock_optimizer_it_is_the_stock_trainer(tmp_path: Path, dataset: Dataset) -> None:
