@@ -70,6 +70,10 @@ SETTINGS: dict[str, dict[str, Any] | Callable[[], dict[str, Any]]] = {
 """What a default config lacks, or has in a way that needs a library that may be absent."""
 
 
+CONFIG_CLASSES = {"CsmDepthDecoderForCausalLM": "CsmDepthDecoderConfig"}
+"""Where ``config_class`` is not the config a model takes: in transformers 5.20 this one names its parent's."""
+
+
 def architectures(*, bare: bool = False) -> list[str]:
     """Names of the model classes in transformers' auto mappings; with ``bare``, one for each model type."""
     found: dict[str, list[str]] = {}
@@ -95,14 +99,15 @@ def build(class_name: str) -> PreTrainedModel:
         Exception: whatever the model raised for its mildest config, if none could be built.
     """
     cls = getattr(transformers, class_name)
+    config_class = getattr(transformers, CONFIG_CLASSES.get(class_name, ""), cls.config_class)
     smallest: PreTrainedModel | None = None
     error: Exception | None = None
     for factor in FACTORS:
         try:
             with torch.device("meta"):
-                model: PreTrainedModel = cls(small_config(cls.config_class, factor))
+                model: PreTrainedModel = cls(small_config(config_class, factor))
             if sum(p.numel() for p in model.parameters()) <= MAX_PARAMETERS:
-                small: PreTrainedModel = cls(small_config(cls.config_class, factor))
+                small: PreTrainedModel = cls(small_config(config_class, factor))
                 return small
             smallest = smallest or model
         except ImportError:
