@@ -16,6 +16,8 @@ from hf_rotational.optim.optimizer import RotationalOptimizer
 Builder = Callable[..., torch.optim.Optimizer]
 
 LR, WEIGHT_DECAY = 1e-2, 0.1
+# Float64 leaves ~1e-16 a step and 100 steps; float32 ~6e-8 a step, on weights of size 1.
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 5e-6}
 
 ROTATIONAL: Mapping[str, Callable[..., RotationalOptimizer]] = {
     "AdamW": RotationalAdamW,
@@ -89,3 +91,37 @@ def turned(before: Tensor, after: Tensor) -> Tensor:
     """Angle between rows, in radians. The arc cosine would lose small angles to rounding."""
     before, after = (nn.functional.normalize(rows.detach().flatten(1)) for rows in (before, after))
     return 2 * torch.asin((before - after).norm(dim=1) / 2)
+
+
+def gradients(shape: tuple[int, ...], steps: int = 100, seed: int = 1) -> list[Tensor]:
+    """Fresh gradients with a mean, of sizes that differ from row to row by orders of magnitude, as real ones do."""
+    generator = torch.Generator().manual_seed(seed)
+    scale = 10.0 ** torch.arange(-3, shape[0] - 3, dtype=torch.float64).clamp(max=2).view(-1, *[1] * (len(shape) - 1))
+    return [scale * (torch.randn(shape, generator=generator, dtype=torch.float64) + 0.3) for _ in range(steps)]
+
+
+def train_on(optimizer: torch.optim.Optimizer, grads: dict[nn.Parameter, list[Tensor]], lrs: list[float]) -> None:
+    """Takes a step for each learning rate, with each parameter's next gradient."""
+    for step, lr in enumerate(lrs):
+        for group in optimizer.param_groups:
+            group["lr"] = lr * group.get("lr_factor", 1.0)
+        for parameter, series in grads.items():
+            # A copy: an optimizer that wrote into a gradient would spoil the reference's.
+            parameter.grad = series[step].to(parameter.dtype, copy=True)
+        optimizer.step()
+
+
+class PlainLion(torch.optim.Optimizer):
+    """Lion as published (arXiv 2302.06675, algorithm 2), which torch does not have."""
+
+    def __init__(self, params: Any, lr: float, betas: tuple[float, float], weight_decay: float) -> None:
+        super().__init__(params, {"lr": lr, "betas": betas, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for p in group["params"]:
+                m = self.state[p].setdefault("m", torch.zeros_like(p))
+                c = group["betas"][0] * m + (1 - group["betas"][0]) * p.grad
+                p -= group["lr"] * (c.sign() + group["weight_decay"] * p)
+                m.mul_(group["betas"][1]).add_((1 - group["betas"][1]) * p.grad)

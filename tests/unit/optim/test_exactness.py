@@ -14,12 +14,11 @@ from transformers.pytorch_utils import Conv1D
 
 from hf_rotational import RotationalAdam, RotationalAdamW, RotationalLion, RotationalSGD, plan, rotational
 from hf_rotational.optim.optimizer import RotationalOptimizer
+from tests.helpers import TOLERANCE, PlainLion, gradients, noise, train_on
 from tests.reference import rotational as reference
 
 LR, WEIGHT_DECAY, STEPS = 3e-3, 0.1, 100
 ADAM_BETAS, LION_BETAS = (0.9, 0.95), (0.9, 0.99)
-# Float64 leaves ~1e-16 a step and 100 steps; float32 ~6e-8 a step, on weights of size 1.
-TOLERANCE = {torch.float64: 1e-10, torch.float32: 5e-6}
 
 
 @dataclass(frozen=True)
@@ -73,27 +72,6 @@ variants = pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)
 dtypes = pytest.mark.parametrize("dtype", TOLERANCE, ids=["float64", "float32"])
 
 
-def gradients(shape: tuple[int, ...], steps: int = STEPS, seed: int = 1) -> list[Tensor]:
-    """Fresh gradients with a mean, of sizes that differ from row to row by orders of magnitude, as real ones do."""
-    generator = torch.Generator().manual_seed(seed)
-    scale = 10.0 ** torch.arange(-3, shape[0] - 3, dtype=torch.float64).clamp(max=2).view(-1, *[1] * (len(shape) - 1))
-    return [scale * (torch.randn(shape, generator=generator, dtype=torch.float64) + 0.3) for _ in range(steps)]
-
-
-def weight(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-def train(optimizer: torch.optim.Optimizer, grads: dict[nn.Parameter, list[Tensor]], lrs: list[float]) -> None:
-    for step, lr in enumerate(lrs):
-        for group in optimizer.param_groups:
-            group["lr"] = lr * group.get("lr_factor", 1.0)
-        for parameter, series in grads.items():
-            # A copy: an optimizer that wrote into a gradient would spoil the reference's.
-            parameter.grad = series[step].to(parameter.dtype, copy=True)
-        optimizer.step()
-
-
 def assert_equals_reference(parameter: Tensor, expected: reference.Array, axis: int = 0) -> None:
     found = np.moveaxis(parameter.detach().double().numpy(), axis, 0).reshape(expected.shape)
     np.testing.assert_allclose(found, expected, rtol=0, atol=TOLERANCE[parameter.dtype])
@@ -106,12 +84,12 @@ def assert_equals_reference(parameter: Tensor, expected: reference.Array, axis: 
 def test_rows_and_columns(layer: nn.Module, centering: str, variant: Variant, dtype: torch.dtype) -> None:
     # A linear layer stores neurons as rows, Conv1D as columns: the reference sees rows either way.
     axis = 0 if isinstance(layer, nn.Linear) else 1
-    layer.weight = nn.Parameter(weight(*layer.weight.shape).to(dtype))
+    layer.weight = nn.Parameter(noise(*layer.weight.shape).to(dtype))
     start = np.moveaxis(layer.weight.detach().double().numpy(), axis, 0).copy()
     grads = gradients(tuple(layer.weight.shape))
     optimizer = variant.build(plan(layer).parameter_groups(), lr=LR, weight_decay=WEIGHT_DECAY, centering=centering)
 
-    train(optimizer, {layer.weight: grads}, [LR] * STEPS)
+    train_on(optimizer, {layer.weight: grads}, [LR] * STEPS)
 
     rows = [np.moveaxis(grad.numpy(), axis, 0) for grad in grads]
     expected = reference.rotate(start, rows, variant.direction(), [variant.angle(LR)] * STEPS, centering)
@@ -123,7 +101,7 @@ def test_rows_and_columns(layer: nn.Module, centering: str, variant: Variant, dt
 @pytest.mark.parametrize("decay", [0.0, 0.9, 0.99])
 @pytest.mark.parametrize("rotation", ["equilibrium", "match", 0.01], ids=str)
 def test_angles_follow_a_schedule(rotation: str | float, decay: float, variant: Variant, dtype: torch.dtype) -> None:
-    parameter = nn.Parameter(weight(6, 8).to(dtype))
+    parameter = nn.Parameter(noise(6, 8).to(dtype))
     start = parameter.detach().double().numpy().copy()
     grads = gradients((6, 8))
     lrs = [LR * (step + 1) / 10 if step < 9 else LR * (1 - step / (2 * STEPS)) for step in range(STEPS)]
@@ -131,7 +109,7 @@ def test_angles_follow_a_schedule(rotation: str | float, decay: float, variant: 
     weight_decay = WEIGHT_DECAY if rotation == "equilibrium" or variant is VARIANTS["adam"] else 0.0
     optimizer = variant.build([parameter], lr=LR, weight_decay=weight_decay, rotation=rotation, update_norm_decay=decay)
 
-    train(optimizer, {parameter: grads}, lrs)
+    train_on(optimizer, {parameter: grads}, lrs)
 
     angle = {
         "equilibrium": variant.angle,
@@ -148,11 +126,11 @@ def test_angles_follow_a_schedule(rotation: str | float, decay: float, variant: 
 @variants
 @pytest.mark.parametrize("centering", ["none", "updates", "weights"])
 def test_a_whole_tensor_as_one_neuron(centering: str, variant: Variant, dtype: torch.dtype) -> None:
-    parameter = nn.Parameter(weight(3, 4, 5).to(dtype))
+    parameter = nn.Parameter(noise(3, 4, 5).to(dtype))
     start = parameter.detach().double().numpy().reshape(1, -1).copy()
     grads = gradients((3, 4, 5))
     optimizer = variant.build([parameter], lr=LR, weight_decay=WEIGHT_DECAY, centering=centering, granularity="tensor")
-    train(optimizer, {parameter: grads}, [LR] * STEPS)
+    train_on(optimizer, {parameter: grads}, [LR] * STEPS)
     rows = [grad.numpy().reshape(1, -1) for grad in grads]
     expected = reference.rotate(start, rows, variant.direction(), [variant.angle(LR)] * STEPS, centering)
     assert_equals_reference(parameter.reshape(1, -1), expected)
@@ -160,7 +138,7 @@ def test_a_whole_tensor_as_one_neuron(centering: str, variant: Variant, dtype: t
 
 @variants
 def test_groups_keep_their_own_settings(variant: Variant) -> None:
-    slow, stack, plain = (nn.Parameter(weight(*shape, seed=i)) for i, shape in enumerate([(4, 6), (2, 3, 5), (5,)]))
+    slow, stack, plain = (nn.Parameter(noise(*shape, seed=i)) for i, shape in enumerate([(4, 6), (2, 3, 5), (5,)]))
     starts = [parameter.detach().numpy().copy() for parameter in (slow, stack)]
     optimizer = variant.build(
         [
@@ -172,7 +150,7 @@ def test_groups_keep_their_own_settings(variant: Variant) -> None:
         weight_decay=WEIGHT_DECAY,
     )
     grads = {parameter: gradients(tuple(parameter.shape), seed=i) for i, parameter in enumerate((slow, stack, plain))}
-    train(optimizer, grads, [LR] * STEPS)
+    train_on(optimizer, grads, [LR] * STEPS)
 
     rows = [grad.numpy() for grad in grads[slow]]
     angle = 2 * variant.angle(LR * 0.1)
@@ -190,28 +168,12 @@ def test_groups_keep_their_own_settings(variant: Variant) -> None:
 def test_match_takes_the_median_over_the_model() -> None:
     model = nn.Sequential(nn.Linear(8, 4), nn.Linear(4, 8), nn.Linear(8, 8)).double()
     for scale, layer in zip((0.1, 10.0, 0.7), model, strict=True):
-        layer.weight = nn.Parameter(scale * weight(*layer.weight.shape))
+        layer.weight = nn.Parameter(scale * noise(*layer.weight.shape))
     angle = reference.match_angle(1e-4, 0.9, [layer.weight.detach().numpy() for layer in model])
     optimizer = RotationalAdamW(plan(model).parameter_groups(), lr=1e-4, rotation="match", weight_decay=0.0)
-    train(optimizer, {parameter: gradients(tuple(parameter.shape)) for parameter in model.parameters()}, [1e-4] * 3)
+    train_on(optimizer, {parameter: gradients(tuple(parameter.shape)) for parameter in model.parameters()}, [1e-4] * 3)
     targets = {optimizer.target_rotation(group) for group in optimizer.param_groups if group["rotational"]}
     assert list(targets) == pytest.approx([angle], rel=1e-12)
-
-
-class PlainLion(torch.optim.Optimizer):
-    """Lion as published (arXiv 2302.06675, algorithm 2), which torch does not have."""
-
-    def __init__(self, params: Any, lr: float, betas: tuple[float, float], weight_decay: float) -> None:
-        super().__init__(params, {"lr": lr, "betas": betas, "weight_decay": weight_decay})
-
-    @torch.no_grad()
-    def step(self) -> None:  # type: ignore[override]
-        for group in self.param_groups:
-            for p in group["params"]:
-                m = self.state[p].setdefault("m", torch.zeros_like(p))
-                c = group["betas"][0] * m + (1 - group["betas"][0]) * p.grad
-                p -= group["lr"] * (c.sign() + group["weight_decay"] * p)
-                m.mul_(group["betas"][1]).add_((1 - group["betas"][1]) * p.grad)
 
 
 NESTEROV = {"momentum": 0.9, "nesterov": True}
@@ -236,12 +198,12 @@ def test_what_does_not_rotate_takes_the_plain_step(
     backend: str,
 ) -> None:
     shapes = [(11, 6), (5,), (5, 6), (1,)]
-    mine, theirs = ([nn.Parameter(weight(*shape).float()) for shape in shapes] for _ in range(2))
+    mine, theirs = ([nn.Parameter(noise(*shape).float()) for shape in shapes] for _ in range(2))
     groups = [{"params": mine[:1], "rotational": False}, {"params": mine[1:]}]
     optimizer = ours(groups, lr=LR, weight_decay=WEIGHT_DECAY, rotation=0.05, backend=backend, **arguments)
     twin = plain(theirs, lr=LR, weight_decay=WEIGHT_DECAY, **arguments)
     for parameters, one in ((mine, optimizer), (theirs, twin)):
-        train(one, {parameter: gradients(tuple(parameter.shape)) for parameter in parameters}, [LR] * 50)
+        train_on(one, {parameter: gradients(tuple(parameter.shape)) for parameter in parameters}, [LR] * 50)
     for parameter, other in zip(mine, theirs, strict=True):
         if parameter.shape == (5, 6):
             assert (parameter - other).abs().max() > 1e-3
@@ -258,14 +220,14 @@ def test_foreach_equals_eager(variant: Variant, options: dict[str, Any]) -> None
     shapes = [(4, 6), (4, 6), (6, 4), (3,), (4, 6), (2, 3, 4)]
     results = []
     for backend in ("eager", "foreach"):
-        parameters = [nn.Parameter(weight(*shape, seed=i)) for i, shape in enumerate(shapes)]
+        parameters = [nn.Parameter(noise(*shape, seed=i)) for i, shape in enumerate(shapes)]
         optimizer = variant.build(parameters, lr=LR, weight_decay=WEIGHT_DECAY, backend=backend, **options)
         grads = {p: gradients(tuple(p.shape), seed=i) for i, p in enumerate(parameters)}
-        train(optimizer, grads, [LR] * 20)
+        train_on(optimizer, grads, [LR] * 20)
         # A tensor that misses steps leaves those it was stacked with.
         parameters[1].grad = None
         optimizer.step()
-        train(optimizer, grads, [LR] * 5)
+        train_on(optimizer, grads, [LR] * 5)
         results.append(parameters)
     for eager, foreach in zip(*results, strict=True):
         # Stacked rows may be summed in another order.
@@ -276,22 +238,22 @@ def test_norms_are_held_over_200_float32_steps() -> None:
     layer = nn.Linear(64, 32)
     start = layer.weight.detach().norm(dim=1)
     optimizer = RotationalAdamW([layer.weight], lr=1e-2, weight_decay=0.5)
-    train(optimizer, {layer.weight: gradients((32, 64), steps=200)}, [1e-2] * 200)
+    train_on(optimizer, {layer.weight: gradients((32, 64), steps=200)}, [1e-2] * 200)
     assert (layer.weight.norm(dim=1) / start - 1).abs().max() < 1e-5
 
 
 @variants
 @pytest.mark.parametrize("centering", ["none", "updates", "weights"])
 def test_weights_wait_for_the_first_step_that_moves(centering: str, variant: Variant) -> None:
-    parameter = nn.Parameter(weight(4, 6))
+    parameter = nn.Parameter(noise(4, 6))
     start = parameter.detach().clone()
     optimizer = variant.build([parameter], lr=LR, weight_decay=WEIGHT_DECAY, centering=centering)
     assert torch.equal(parameter, start)
     assert not optimizer.state
-    train(optimizer, {parameter: gradients((4, 6))}, [0.0])
+    train_on(optimizer, {parameter: gradients((4, 6))}, [0.0])
     assert torch.equal(parameter, start)
     assert optimizer.state[parameter]
-    train(optimizer, {parameter: gradients((4, 6))}, [LR])
+    train_on(optimizer, {parameter: gradients((4, 6))}, [LR])
     assert not torch.equal(parameter, start)
     if centering == "weights":
         assert parameter.mean(dim=1).abs().max() < 1e-12

@@ -13,19 +13,19 @@ from torch import Tensor, nn
 
 from hf_rotational import RotationalAdamW, RotationalSGD, rotational
 from hf_rotational.optim.optimizer import RotationalOptimizer
-from tests.unit.optim.test_exactness import LR, TOLERANCE, gradients, train, weight
+from tests.helpers import LR, TOLERANCE, gradients, noise, train_on
 
 SGD = {"momentum": 0.9, "nesterov": True}
 ANY = ["NAdam", "RAdam", "RMSprop", "Adagrad", "Adadelta", "Adamax", "Adafactor", "ASGD", "Rprop", "Muon"]
 
 
 def parameters(dtype: torch.dtype = torch.float64) -> list[nn.Parameter]:
-    return [nn.Parameter(weight(*shape).to(dtype)) for shape in ((5, 7), (5,))]
+    return [nn.Parameter(noise(*shape).to(dtype)) for shape in ((5, 7), (5,))]
 
 
 def run(optimizer: torch.optim.Optimizer, steps: int = 20, start: int = 0) -> list[Tensor]:
     members = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    train(optimizer, {p: gradients(tuple(p.shape))[start:] for p in members}, [LR] * steps)
+    train_on(optimizer, {p: gradients(tuple(p.shape))[start:] for p in members}, [LR] * steps)
     return [parameter.detach() for parameter in members]
 
 

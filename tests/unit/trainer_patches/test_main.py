@@ -18,7 +18,7 @@ from trainer_patches.__main__ import USAGE, main
 def restored(monkeypatch):
     """main() changes the process it runs in, as a process of its own may."""
     monkeypatch.setattr(sys, "argv", sys.argv)
-    monkeypatch.setattr(sys, "path", ["/working/directory", *sys.path])
+    monkeypatch.setattr(sys, "path", ["/somewhere/else", *sys.path])
     yield
     trainer_patches.revert()
 
