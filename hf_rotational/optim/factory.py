@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 from transformers.utils import logging
 
@@ -96,7 +97,26 @@ class RotationalOptimizerFactory:
             f"{type(optimizer).__name__}: {rotation_plan.summary()}; target angle at lr={lr:g}: "
             f"{', '.join(f'{angle:.3g}' for angle in sorted(angles))} rad/step."
         )
+        _warn_of_lost_steps(optimizer)
         return optimizer
+
+
+def _warn_of_lost_steps(optimizer: RotationalOptimizer) -> None:
+    """Says so if rounding to nearest would swallow steps: a checkpoint in 16 bits is loaded in 16 bits by default."""
+    lost = {
+        str(parameter.dtype).removeprefix("torch."): optimizer.target_rotation(group)
+        for parameter, group in optimizer.rotating()
+        if parameter.dtype.itemsize < 4
+        and group["rounding"] == "nearest"
+        # An entry moves if its step is half the distance to its neighbour; a step is about angle times entry.
+        and optimizer.target_rotation(group) < torch.finfo(parameter.dtype).eps / 2
+    }
+    for dtype, angle in lost.items():
+        logger.warning(
+            f"{dtype} weights cannot hold steps of {angle:.2g} rad: rounded to nearest, most entries would not move. "
+            "Load the model with dtype=torch.float32 (and train with bf16=True), or set rounding='kahan' "
+            "(--rotation_rounding kahan, or --optim_args rounding=kahan)."
+        )
 
 
 def optim_name(args: TrainingArguments) -> str:

@@ -2,6 +2,7 @@
 
 import logging
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -115,6 +116,31 @@ def test_multipliers_reach_the_angle(model: nn.Module) -> None:
     assert angle(doubled) == 2 * angle(plain)
     with pytest.raises(ValueError, match="Invalid multipliers: 'mlp'"):
         RotationalConfig(multipliers=["mlp"])
+
+
+@pytest.mark.parametrize(
+    ("dtype", "settings", "warned"),
+    [
+        (torch.bfloat16, {}, True),
+        (torch.bfloat16, {"rounding": "kahan"}, False),
+        (torch.bfloat16, {"rotation": 0.01}, False),
+        (torch.float16, {"rotation": 1e-3}, False),
+        (torch.float16, {"rotation": 1e-4}, True),
+        (torch.float32, {}, False),
+    ],
+)
+def test_steps_that_rounding_would_swallow_are_announced_with_the_remedy(
+    model: nn.Module,
+    info_lines: pytest.LogCaptureFixture,
+    dtype: torch.dtype,
+    settings: dict[str, Any],
+    warned: bool,
+) -> None:
+    RotationalOptimizerFactory()(model.to(dtype), lr=1e-4, **settings)
+    warnings = [record.message for record in info_lines.records if record.levelno == logging.WARNING]
+    assert [("rounding='kahan'" in warning, str(dtype)[6:] in warning) for warning in warnings] == [
+        (True, True)
+    ] * warned
 
 
 def test_config_round_trips() -> None:
