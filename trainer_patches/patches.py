@@ -17,7 +17,7 @@ _applied: ExitStack | None = None
 
 
 def apply() -> None:
-    """Make the rotational names (``rotational_adamw``) valid values of ``TrainingArguments.optim`` and ``--optim``.
+    """Make ``rotational_adamw`` and its kin valid values of ``TrainingArguments.optim`` and ``--optim``.
 
     Call it before argument parsers are built: they read the valid names when they are constructed. A second call
     changes nothing. A process started with multiprocessing's "spawn" method begins unpatched and calls it for itself.

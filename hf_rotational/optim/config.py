@@ -68,11 +68,11 @@ class RotationalConfig:
         Raises:
             ValueError: for a key that is not a setting; lists the settings.
         """
-        check_keys("rotational setting", values, cls.keys())
+        check_keys("rotational setting", values, cls.names())
         return cls(**values)
 
     @classmethod
-    def keys(cls) -> tuple[str, ...]:
+    def names(cls) -> tuple[str, ...]:
         """Names of the settings."""
         return tuple(field.name for field in dataclasses.fields(cls))
 

@@ -70,7 +70,7 @@ class RotationalOptimizerFactory:
         """
         cls = optimizer_class(optim)
         own = hyperparameters(cls)
-        check_keys("setting", settings, (*RotationalConfig.keys(), *own))
+        check_keys("setting", settings, (*RotationalConfig.names(), *own))
         config = RotationalConfig(**{k: v for k, v in settings.items() if k not in own})
         angle_weight_decay = weight_decay
         if config.rotation == "equilibrium" and weight_decay == 0:

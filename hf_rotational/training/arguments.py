@@ -99,4 +99,4 @@ class RotationalTrainingArguments(TrainingArguments):
             self.optim = optim
             self.rotation = parse_rotation(self.rotation)  # type: ignore[assignment]
             given = factory_settings(self, optim)
-            RotationalConfig(**{name: given[name] for name in RotationalConfig.keys()})  # noqa: SIM118 (not a mapping)
+            RotationalConfig(**{name: given[name] for name in RotationalConfig.names()})

@@ -17,7 +17,10 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
+from transformers.testing_utils import CaptureLogger
+from transformers.utils import logging
 
+import trainer_patches
 from hf_rotational import (
     RotationalOptimizerFactory,
     RotationalSeq2SeqTrainer,
@@ -27,6 +30,7 @@ from hf_rotational import (
     plan,
 )
 from hf_rotational.monitor.records import read_records
+from hf_rotational.optim.factory import OPTIMIZERS
 
 SETTINGS = {"learning_rate": 1e-3, "max_steps": 12, "logging_steps": 4, "use_cpu": True, "disable_tqdm": True}
 
@@ -98,6 +102,27 @@ def test_with_others_arguments_it_rotates_unless_they_name_an_optimizer(
     trainer = RotationalTrainer(model=model(), args=args, train_dataset=dataset)
     trainer.train()
     assert torch.allclose(norms(trainer.model), norms(model()), rtol=1e-5, atol=0.0) == rotates
+
+
+@pytest.mark.parametrize("optim", OPTIMIZERS)
+def test_every_flag_trains_and_says_once_where_its_angle_comes_from(
+    tmp_path: Path, dataset: Dataset, optim: str
+) -> None:
+    with trainer_patches.patched():
+        args = TrainingArguments(output_dir=str(tmp_path), optim=optim, log_level="info", **SETTINGS)
+        trainer = Trainer(model=model(), args=args, train_dataset=dataset)
+        start = [entry.parameter.detach().clone() for entry in plan(trainer.model).rotating]
+        verbosity = logging.get_verbosity()
+        logging.set_verbosity(args.get_process_log_level())  # as the stock scripts do
+        try:
+            with CaptureLogger(logging.get_logger("transformers")) as said:
+                trainer.train()
+        finally:
+            logging.set_verbosity(verbosity)
+    assert said.out.count("the angle uses weight decay 0.05 (angle_weight_decay)") == 1
+    torch.testing.assert_close(norms(trainer.model), norms(model()), rtol=1e-5, atol=0.0)
+    for before, entry in zip(start, plan(trainer.model).rotating, strict=True):
+        assert not torch.equal(before, entry.parameter), entry.name
 
 
 def test_sequence_to_sequence_rotates_by_optim_args_and_generates(tmp_path: Path) -> None:
