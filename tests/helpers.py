@@ -28,6 +28,8 @@ ROTATIONAL: Mapping[str, Callable[..., RotationalOptimizer]] = {
     "Lion": RotationalLion,
     "NAdam": rotational(torch.optim.NAdam),
 }
+WRITTEN_OUT = {name: build for name, build in ROTATIONAL.items() if name != "NAdam"}
+"""Those that do not wrap an optimizer of torch's."""
 PLAIN: Mapping[str, Builder] = {
     "AdamW": torch.optim.AdamW,
     "Adam": torch.optim.Adam,

@@ -16,6 +16,7 @@ from hf_rotational.monitor.advice import Adviser
 from hf_rotational.monitor.measure import NeuronStep, neuron_step
 from hf_rotational.monitor.records import FILE_NAME, VERSION, append_record, read_records, write_records
 from hf_rotational.neurons import plan
+from hf_rotational.optim.gains import rotating_part
 from hf_rotational.optim.groups import neuron_span
 from hf_rotational.optim.optimizer import RotationalOptimizer
 from hf_rotational.optim.precision import COMPENSATION, compute_dtype
@@ -215,13 +216,15 @@ def unwrapped(optimizer: Any) -> Any:
 
 
 def weight(parameter: Tensor, optimizer: Any) -> Tensor:
-    """The weight as the optimizer has it: with ``rounding="kahan"``, what is stored plus what rounding cut off.
+    """The weight as the optimizer turns it: without a learned mean, and on its direction's side of a learned gain.
 
-    Stored alone, 16-bit weights wait for many steps and then jump: single angles are several times too large.
+    With ``rounding="kahan"``, what is stored plus what rounding cut off. Stored alone, 16-bit weights wait for many
+    steps and then jump: single angles are several times too large.
     """
-    remainder = unwrapped(optimizer).state.get(parameter, {}).get(COMPENSATION)
-    stored = parameter.detach()
-    return stored if remainder is None else stored.to(compute_dtype(stored)) + remainder
+    state = unwrapped(optimizer).state.get(parameter, {})
+    stored, remainder = parameter.detach(), state.get(COMPENSATION)
+    whole = stored if remainder is None else stored.to(compute_dtype(stored)) + remainder
+    return rotating_part(whole, state)
 
 
 def measured(model: nn.Module, optimizer: Any) -> tuple[Measured, ...]:

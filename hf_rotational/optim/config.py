@@ -29,13 +29,19 @@ class RotationalConfig:
     rotational_eps: float = 1e-8
     """Added to the update's size before dividing by it."""
     centering: str = "none"
-    """``"none"``, ``"updates"`` or ``"weights"``."""
+    """``"none"``, ``"updates"``, ``"weights"`` or ``"learned"``."""
     granularity: str = "neuron"
     """``"neuron"`` or ``"tensor"``."""
     rounding: str = "nearest"
     """Of 16-bit parameters: ``"nearest"``, ``"kahan"`` or ``"stochastic"``."""
     transient_correction: bool = False
     """Whether the first steps, whose updates are larger or smaller than later ones, are brought to the target angle."""
+    gains: str = "fixed"
+    """Norms of neurons: ``"fixed"`` or ``"learned"``."""
+    gain_lr_multiplier: float = 1.0
+    """Factor on the learning rate for learned gains and means."""
+    gain_weight_decay: float = 0.0
+    """Weight decay of learned gains and means."""
     backend: str = "auto"
     """``"auto"``, ``"eager"`` or ``"foreach"``."""
     include: tuple[str, ...] = ()

@@ -12,7 +12,8 @@ from hf_rotational.optim.precision import ROUNDINGS
 from hf_rotational.optim.rotation import reduced_dims
 
 ROTATIONS = ("equilibrium", "match")
-CENTERINGS = ("none", "updates", "weights")
+CENTERINGS = ("none", "updates", "weights", "learned")
+GAINS = ("fixed", "learned")
 GRANULARITIES = ("neuron", "tensor")
 
 
@@ -26,6 +27,9 @@ class RotationalOptions(TypedDict, total=False):
     granularity: str
     rounding: str
     transient_correction: bool
+    gains: str
+    gain_lr_multiplier: float
+    gain_weight_decay: float
 
 
 def check_group(group: Group) -> None:
@@ -34,11 +38,11 @@ def check_group(group: Group) -> None:
     Raises:
         ValueError: naming the argument, its value and what is allowed.
     """
-    for name in ("lr", "weight_decay", "rotational_eps"):
+    for name in ("lr", "weight_decay", "rotational_eps", "gain_lr_multiplier", "gain_weight_decay"):
         check_non_negative(name, float(group[name]))
     if not 0.0 <= group["update_norm_decay"] < 1.0:
         raise ValueError(f"Invalid update_norm_decay: {group['update_norm_decay']} (must be in [0, 1))")
-    choices = {"centering": CENTERINGS, "granularity": GRANULARITIES, "rounding": ROUNDINGS}
+    choices = {"centering": CENTERINGS, "granularity": GRANULARITIES, "rounding": ROUNDINGS, "gains": GAINS}
     for name, allowed in choices.items():
         if group[name] not in allowed:
             raise ValueError(f"Invalid {name}: {group[name]!r} (must be one of {', '.join(allowed)})")
@@ -89,8 +93,13 @@ def neuron_span(parameter: Tensor, group: Group) -> tuple[int, ...]:
     tensor_wide = group["granularity"] == "tensor"
     dims = reduced_dims(parameter.ndim, () if tensor_wide else group["neuron_dims"])
     fan_in = math.prod(parameter.shape[dim] for dim in dims)
-    # One entry has no direction to turn; nor have two whose sum is held at 0.
-    return dims if fan_in >= (3 if group["centering"] == "weights" else 2) else ()
+    # One entry has no direction to turn; nor have two that sum to 0.
+    return dims if fan_in >= (3 if holds_mean(group) else 2) else ()
+
+
+def holds_mean(group: Group) -> bool:
+    """Whether the rotating part of a group's neurons has no mean, rather than the mean it started with."""
+    return group["centering"] in ("weights", "learned")
 
 
 def settings(group: Group) -> dict[str, Any]:

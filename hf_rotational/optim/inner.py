@@ -50,6 +50,15 @@ class Inner(ABC):
             rotates: leave L2 out of the direction: on the sphere weight decay only sets the angle.
         """
 
+    def descend_(self, weights: list[Tensor], updates: list[Tensor], group: Group) -> None:
+        """Takes the plain step along directions, in place. With ``lr == 0`` weights stay bit for bit."""
+        lr = float(group["lr"])
+        if lr == 0:
+            return
+        if self.decoupled:
+            torch._foreach_mul_(weights, 1 - lr * group["weight_decay"])
+        torch._foreach_add_(weights, updates, alpha=-lr)
+
     @abstractmethod
     def rotation(self, group: Group, lr: float) -> float:
         """Equilibrium angle at this learning rate, in radians per step (paper, table 1)."""

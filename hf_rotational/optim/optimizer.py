@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from hf_rotational.optim.groups import check_group, neuron_span, settings
+from hf_rotational.optim.gains import Coordinates, learns, sign
+from hf_rotational.optim.groups import check_group, holds_mean, neuron_span, settings
 from hf_rotational.optim.inner import Group, Inner, State
 from hf_rotational.optim.precision import COMPENSATION, compute_dtype, read, write
 from hf_rotational.optim.rotation import center_, neuron_norm, rotate_
@@ -47,7 +48,15 @@ class RotationalOptimizer(torch.optim.Optimizer):
             neuron comes to rest instead of turning on stale momentum.
         rotational_eps: added to the update's size before dividing by it.
         centering: ``"updates"`` takes the mean out of each neuron's updates; ``"weights"`` also out of the weights,
-            once, before they first move (a pretrained model then computes something else); ``"none"`` neither.
+            once, before they first move (a pretrained model then computes something else); ``"learned"`` takes it out
+            of the rotation and trains it as a parameter of its own; ``"none"`` does nothing.
+        gains: ``"fixed"`` holds every norm; ``"learned"`` trains it by the inner update, as a parameter of its own
+            that starts where it is, while the direction rotates: the same as a gain in the module
+            (:mod:`hf_rotational.optim.gains`). With ``centering="weights"`` that is weight standardization with
+            gains, with ``"learned"`` weight standardization that keeps a pretrained model's function. A gain may
+            pass through 0: the neuron then turns over, as a module's gain makes it.
+        gain_lr_multiplier: factor on the learning rate for learned gains and means.
+        gain_weight_decay: of learned gains and means.
         granularity: hold the norm and set the angle of each ``"neuron"``, or of each ``"tensor"`` as a whole.
         rounding: of 16-bit parameters: ``"nearest"``, ``"kahan"`` or ``"stochastic"``
             (:mod:`hf_rotational.optim.precision`). Arithmetic and state are float32 with each.
@@ -77,6 +86,9 @@ class RotationalOptimizer(torch.optim.Optimizer):
         granularity: str = "neuron",
         rounding: str = "nearest",
         transient_correction: bool = False,
+        gains: str = "fixed",
+        gain_lr_multiplier: float = 1.0,
+        gain_weight_decay: float = 0.0,
         backend: str = "auto",
         maximize: bool = False,
     ) -> None:
@@ -90,6 +102,9 @@ class RotationalOptimizer(torch.optim.Optimizer):
             "granularity": granularity,
             "rounding": rounding,
             "transient_correction": transient_correction,
+            "gains": gains,
+            "gain_lr_multiplier": gain_lr_multiplier,
+            "gain_weight_decay": gain_weight_decay,
             "rotational": True,
             "neuron_dims": (0,),
             "rotation_scale": 1.0,
@@ -248,13 +263,14 @@ class RotationalOptimizer(torch.optim.Optimizer):
                 center_(weight, dims)
                 state["centered"] = True
         grads = [self._grad(parameter, group).to(weights[0].dtype) for parameter in parameters]
-        updates = self.inner.directions(grads, weights, states, group, rotates=bool(dims))
-        if dims:
+        if not dims:
+            updates = self.inner.directions(grads, weights, states, group, rotates=False)
+            self.inner.descend_(weights, updates, group)
+        elif learns(group):
+            self._rotate_and_learn(weights, grads, states, group, dims, dtype=parameters[0].dtype)
+        else:
+            updates = self.inner.directions(grads, weights, states, group, rotates=True)
             self._rotate(weights, updates, grads, states, group, dims)
-        elif lr != 0:
-            if self.inner.decoupled:
-                torch._foreach_mul_(weights, 1 - lr * group["weight_decay"])
-            torch._foreach_add_(weights, updates, alpha=-lr)
         if lr != 0:
             for parameter, weight, state in zip(parameters, weights, states, strict=True):
                 write(parameter, weight, state, rounding, places[parameter])
@@ -303,6 +319,28 @@ class RotationalOptimizer(torch.optim.Optimizer):
             if lr != 0:
                 torch._foreach_copy_(weights, list(weight.unbind()))
 
+    def _rotate_and_learn(
+        self,
+        weights: list[Tensor],
+        grads: list[Tensor],
+        states: list[State],
+        group: Group,
+        dims: tuple[int, ...],
+        dtype: torch.dtype,
+    ) -> None:
+        """Rotates the directions of neurons whose norms or means are learned, and learns those."""
+        if float(group["lr"]) == 0:
+            weights = [weight.clone() for weight in weights]  # they are to stay as they are
+        learned = Coordinates(weights, grads, states, group, dims)
+        grads = [grad * scale for grad, scale in zip(grads, learned.scales, strict=True)]
+        directions = [weight / scale for weight, scale in zip(weights, learned.scales, strict=True)]
+        updates = self.inner.directions(grads, directions, states, group, rotates=True)
+        # A weight with a negative gain turns the other way than its direction.
+        updates = [update.mul_(sign(scale)) for update, scale in zip(updates, learned.scales, strict=True)]
+        self._rotate(weights, updates, grads, states, group, dims)
+        learned.learn_(self.inner)
+        learned.put_together_(weights, dtype, dims)
+
     def _grad(self, parameter: Tensor, group: Group) -> Tensor:
         grad = parameter.grad
         assert grad is not None
@@ -322,7 +360,7 @@ class RotationalOptimizer(torch.optim.Optimizer):
         for name in missing:
             state[name] = torch.zeros_like(weight, memory_format=torch.preserve_format)
         if dims and "norm" not in state:
-            start = center_(weight.clone(), dims) if group["centering"] == "weights" else weight
+            start = center_(weight.clone(), dims) if holds_mean(group) else weight
             norm, precision = neuron_norm(start, dims), torch.finfo(weight.dtype)
             # As good as 0: a norm whose square underflows (its reciprocal would not be finite), and the rounding that
             # centring leaves of a constant neuron.

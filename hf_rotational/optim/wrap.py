@@ -12,6 +12,7 @@ from torch.optim.optimizer import ParamsT
 from typing_extensions import Unpack
 
 from hf_rotational.optim import inner as inners
+from hf_rotational.optim.gains import learns
 from hf_rotational.optim.groups import neuron_span, settings
 from hf_rotational.optim.inner import Group, State
 from hf_rotational.optim.optimizer import RotationalOptimizer
@@ -85,6 +86,12 @@ class _WrappedInner(inners.Inner):
         return ()
 
     def check(self, group: Group) -> None:
+        if learns(group):
+            raise ValueError(
+                f"gains={group['gains']!r} with centering={group['centering']!r} would train gains or means, which "
+                f"rotational({self.name}) cannot, since {self.name} takes its own step: make them parameters of the "
+                "model (hf_rotational.standardize(model, mode='gain' or 'function_preserving'))"
+            )
         if self.closed_form is None and group["rotation"] == "equilibrium":
             raise ValueError(
                 f"rotation='equilibrium' has no closed form for {self.name}: set rotation='match' or "

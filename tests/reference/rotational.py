@@ -81,6 +81,40 @@ def rotate(
     return p
 
 
+def rotate_and_learn(
+    w: Array,
+    grads: Iterable[Array],
+    directions: Callable[[], Direction],
+    angles: Iterable[float],
+    lrs: Iterable[float],
+    decay: float = 0.0,
+    l2: float = 0.0,
+    free_mean: bool = False,
+) -> Array:
+    """Neurons ``g v [+ m 1]`` in a module: ``v`` of norm 1 rotates; ``g`` [and ``m``] take the plain step.
+
+    ``directions`` makes an inner; ``decay`` is the decoupled weight decay of ``g`` and ``m``, ``l2`` the other kind.
+    """
+    turning, gaining, meaning = directions(), directions(), directions()
+    m = w.mean(axis=1, keepdims=True) if free_mean else np.zeros((len(w), 1))
+    g = np.sqrt(((w - m) ** 2).sum(axis=1, keepdims=True))
+    v = (w - m) / g
+    n, nu = np.ones_like(g), np.zeros_like(g)
+    for t, (grad, angle, lr) in enumerate(zip(grads, angles, lrs, strict=True), start=1):
+        u = turning(g * grad, v)
+        if free_mean:
+            u = u - u.mean(axis=1, keepdims=True)
+        step_g = gaining((grad * v).sum(axis=1, keepdims=True) + l2 * g, g)
+        step_m = meaning(grad.sum(axis=1, keepdims=True) + l2 * m, m) if free_mean else 0.0
+        u = u - v * (u * v).sum(axis=1, keepdims=True)
+        nu = 0.9 * nu + 0.1 * (u * u).sum(axis=1, keepdims=True)
+        v = v - angle * n * u / (np.sqrt(nu / (1 - 0.9**t)) + 1e-8)
+        v = v / np.sqrt((v * v).sum(axis=1, keepdims=True))
+        g = g - lr * (step_g + decay * g)
+        m = m - lr * (step_m + decay * m)
+    return g * v + m
+
+
 def adam_angle(lr: float, wd: float, betas: tuple[float, float]) -> float:
     return math.sqrt(2 * lr * wd * (1 - betas[0]) / (1 + betas[0]))
 
