@@ -16,71 +16,77 @@ that a gain may come to 0, or pass through it and turn the neuron over, without 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from hf_rotational.optim.inner import Group, Inner, State
+from hf_rotational.optim.sharding import Sums, stacked
 
 
+@dataclass(frozen=True)
 class Coordinates:
-    """The learned gains and means of some rotating tensors, apart from their directions for the length of one step.
+    """The learned gains and means of a stack of rotating tensors, apart from their directions for one step."""
 
-    Args:
-        weights: in the dtype to compute in; a learned mean is taken out of them, in place.
-        grads: of the weights.
-        states: one dict a tensor, which has its norm; gains and means are made here.
-        group: the hyperparameters.
-        dims: the dims one neuron spans.
-    """
+    grads: dict[str, Tensor]
+    """Of each coordinate, by its name: what the step learns it from."""
+    scale: Tensor
+    """What multiplied the unit directions before the step."""
 
-    def __init__(
-        self, weights: list[Tensor], grads: list[Tensor], states: list[State], group: Group, dims: tuple[int, ...]
-    ) -> None:
-        self.states = states
-        # The group's own weight decay sets the angle of what rotates.
-        self.group = {**group, "weight_decay": group["gain_weight_decay"]}
-        self.grads: dict[str, list[Tensor]] = {}
-        gains = group["gains"] == "learned"
-        for weight, state in zip(weights, states, strict=True):
-            if gains and "gain" not in state:
-                state["gain"] = state["norm"].clone()
-            if learns_mean(group):
-                if "mean" not in state:
-                    state["mean"] = weight.mean(dims, keepdim=True)
-                weight.sub_(state["mean"])
-        self.scales = [_scale(state) for state in states]
-        if gains:
-            self.grads["gain"] = [
-                torch.where(state["norm"] == 0, 0.0, (grad * weight).sum(dims, keepdim=True) / scale)
-                for grad, weight, scale, state in zip(grads, weights, self.scales, states, strict=True)
-            ]
-        if learns_mean(group):
-            self.grads["mean"] = [grad.sum(dims, keepdim=True) for grad in grads]
-
-    def learn_(self, inner: Inner) -> None:
+    def learn_(self, states: list[State], inner: Inner, group: Group) -> None:
         """Takes the inner step of every gain and mean, in place. With ``lr == 0`` only their moments learn."""
-        group = {**self.group, "lr": float(self.group["lr"]) * self.group["gain_lr_multiplier"]}
+        own = {
+            **group,
+            "lr": float(group["lr"]) * group["gain_lr_multiplier"],
+            "weight_decay": group["gain_weight_decay"],  # the group's own sets the angle of what rotates
+        }
         for name, grads in self.grads.items():
-            values = [state[name] for state in self.states]
-            moments = [_moments(state, name, inner, group) for state in self.states]
-            inner.descend_(values, inner.directions(grads, values, moments, group, rotates=False), group)
+            values = [state[name] for state in states]
+            moments = [_moments(state, name, inner, own) for state in states]
+            inner.descend_(values, inner.directions(list(grads), values, moments, own, rotates=False), own)
 
-    def put_together_(self, weights: list[Tensor], dtype: torch.dtype, dims: tuple[int, ...]) -> None:
-        """Gives rotated weights, in place, the norms and means that have been learned.
+    def put_together_(self, weight: Tensor, states: list[State], smallest: float) -> None:
+        """Gives turned weights, in place, the norms and means that have been learned.
 
         Args:
-            weights: as they came, but turned.
-            dtype: the parameters' own.
-            dims: the dims one neuron spans.
+            weight: the stack that was taken apart, its directions turned.
+            states: of its tensors.
+            smallest: norm that a neuron keeps although its gain is smaller.
         """
-        for weight, state, scale in zip(weights, self.states, self.scales, strict=True):
-            if "gain" in self.grads:
-                norm = state["gain"].abs().clamp(min=smallest_norm(weight, dtype, dims))
-                state["norm"] = torch.where(state["norm"] == 0, 0.0, norm)
-                weight.mul_(_scale(state) / scale)
-            if "mean" in self.grads:
-                weight.add_(state["mean"])
+        if "gain" in self.grads:
+            for state in states:
+                state["norm"] = torch.where(state["norm"] == 0, 0.0, state["gain"].abs().clamp(min=smallest))
+            weight.mul_(_scale(states) / self.scale)
+        if "mean" in self.grads:
+            weight.add_(stacked([state["mean"] for state in states]))
+
+
+def take_apart_(
+    weight: Tensor, grad: Tensor, states: list[State], group: Group, dims: tuple[int, ...]
+) -> Sums[Coordinates]:
+    """Finds the gradient of every coordinate, and takes learned means out of the weights, in place.
+
+    Args:
+        weight: a stack of weights of one shape, in the dtype to compute in.
+        grad: of the weights.
+        states: one dict a tensor, which has its norm, and its mean if that is learned.
+        group: the hyperparameters.
+        dims: the dims one neuron spans in the stack.
+    """
+    grads = {}
+    if learns_mean(group):
+        weight.sub_(stacked([state["mean"] for state in states]))
+        grads["mean"] = yield grad.sum(dims, keepdim=True)
+    if group["gains"] == "learned":
+        for state in states:
+            if "gain" not in state:
+                state["gain"] = state["norm"].clone()
+    scale = _scale(states)
+    if group["gains"] == "learned":
+        none = stacked([state["norm"] for state in states]) == 0
+        grads["gain"] = ((yield (grad * weight).sum(dims, keepdim=True)) / scale).masked_fill(none, 0.0)
+    return Coordinates(grads, scale)
 
 
 def learns_mean(group: Group) -> bool:
@@ -93,13 +99,12 @@ def learns(group: Group) -> bool:
     return bool(group["gains"] == "learned" or learns_mean(group))
 
 
-def smallest_norm(weight: Tensor, dtype: torch.dtype, dims: tuple[int, ...]) -> float:
+def smallest_norm(fan_in: int, stored: torch.dtype, computed: torch.dtype) -> float:
     """The smallest norm of a neuron that leaves its direction intact.
 
-    Its entries must be normal numbers in ``dtype``, and their squares in the weight's own, which is computed in.
+    Its entries must be normal numbers in the dtype they are stored in, their squares in the one computed in.
     """
-    fan_in = math.prod(weight.shape[dim] for dim in dims)
-    return math.sqrt(fan_in) * max(torch.finfo(dtype).tiny, math.sqrt(torch.finfo(weight.dtype).tiny))
+    return math.sqrt(fan_in) * max(torch.finfo(stored).tiny, math.sqrt(torch.finfo(computed).tiny))
 
 
 def rotating_part(weight: Tensor, state: State) -> Tensor:
@@ -114,10 +119,11 @@ def sign(tensor: Tensor) -> Tensor:
     return torch.ones_like(tensor).copysign(tensor)
 
 
-def _scale(state: State) -> Tensor:
-    """What multiplies the unit directions in a weight; 1 for neurons that have none and take the plain update."""
-    scale = torch.where(state["norm"] == 0, 1.0, state["norm"])
-    return scale.copysign(state["gain"]) if "gain" in state else scale
+def _scale(states: list[State]) -> Tensor:
+    """What multiplies the unit directions in weights; 1 for neurons that have none and take the plain update."""
+    norm = stacked([state["norm"] for state in states])
+    scale = norm.masked_fill(norm == 0, 1.0)
+    return scale.copysign(stacked([state["gain"] for state in states])) if "gain" in states[0] else scale
 
 
 def _moments(state: State, name: str, inner: Inner, group: Group) -> State:

@@ -1,4 +1,4 @@
-"""The one optimizer step: inner direction, then rotation for what rotates, the plain update for the rest."""
+"""The base of the rotational optimizers: groups, target angles, state; the step itself is in ``step.py``."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from hf_rotational.optim.gains import Coordinates, learns, sign
-from hf_rotational.optim.groups import check_group, holds_mean, neuron_span, settings
-from hf_rotational.optim.inner import Group, Inner, State
-from hf_rotational.optim.precision import COMPENSATION, compute_dtype, read, write
-from hf_rotational.optim.rotation import center_, neuron_norm, rotate_
+from hf_rotational.optim.groups import check_group, neuron_span, settings
+from hf_rotational.optim.inner import Group, Inner
+from hf_rotational.optim.sharding import Sums, complete, local, split_over
+from hf_rotational.optim.state import check_state, take_tensors
+from hf_rotational.optim.step import Step, age
 
 BACKENDS = ("auto", "eager", "foreach")
 
@@ -73,6 +73,12 @@ class RotationalOptimizer(torch.optim.Optimizer):
 
     inner: ClassVar[Inner]
     """Where directions come from."""
+    _matrices: list[int]
+    """How many of its parameters each group had with two or more dims when it was added."""
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._matrices = [count_matrices(group) for group in self.param_groups]
 
     def __init__(
         self,
@@ -118,12 +124,14 @@ class RotationalOptimizer(torch.optim.Optimizer):
         """Adds a group, as ``torch.optim.Optimizer.add_param_group`` does, once its settings have been checked."""
         super().add_param_group(param_group)
         group = self.param_groups[-1]
+        vars(self).setdefault("_matrices", []).append(count_matrices(group))
         try:
             # Angles in radians are meant at this learning rate; group["lr"] is the scheduler's from its first moment.
             group.setdefault("peak_lr", float(group.get("initial_lr", group["lr"])))
             self._check(group)
         except Exception:
             self.param_groups.pop()
+            self._matrices.pop()
             raise
 
     @overload
@@ -139,18 +147,25 @@ class RotationalOptimizer(torch.optim.Optimizer):
             closure: re-evaluates the model and returns the loss.
 
         Raises:
-            RuntimeError: for a sparse gradient.
+            RuntimeError: for a sparse gradient, and for parameters that have been flattened.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._check_whole()
         self._before_step()
-        # Stochastic rounding draws by place and step, so that replicas of a parameter round alike.
         places = {parameter: place for place, (parameter, _) in enumerate(self._members())}
-        for group in self.param_groups:
-            for parameters, dims in self._alike(group):
-                self._step_alike(parameters, group, dims, places)
+        complete(
+            (
+                Step(self.inner, group, dims, self.target_rotation(group) if dims else 0.0).take(
+                    parameters, [self.state[parameter] for parameter in parameters], [places[p] for p in parameters]
+                ),
+                split_over(parameters[0], dims),
+            )
+            for group in self.param_groups
+            for parameters, dims in self._alike(group)
+        )
         return loss
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -174,7 +189,7 @@ class RotationalOptimizer(torch.optim.Optimizer):
             # torch has cast every tensor but "step" to the parameter's dtype: take them once more from the source.
             places = [place for group in source["param_groups"] for place in group["params"]]
             for place, (parameter, _group) in zip(places, self._members(), strict=True):
-                self._take_tensors(parameter, source["state"].get(place, {}))
+                take_tensors(self.state[parameter], source["state"].get(place, {}), parameter)
 
         # Between the user's hooks: after those that may change the dict, before those that see the result.
         hooks = (
@@ -203,10 +218,10 @@ class RotationalOptimizer(torch.optim.Optimizer):
             self.inner.check({**self.defaults, **settings(group)})
         groups = dict(self._members())
         for parameter, state in optimizer.state.items():
-            self._check_state(state, groups[parameter])
+            check_state(state, parameter, groups[parameter], self.inner, type(self).__name__)
         for parameter, state in optimizer.state.items():
             self.state[parameter] = dict(state)
-            self._take_tensors(parameter, state)
+            take_tensors(self.state[parameter], state, parameter)
 
     def target_rotation(self, group: Group) -> float:
         """The angle a rotating group aims at with its present learning rate, in radians per step."""
@@ -229,6 +244,17 @@ class RotationalOptimizer(torch.optim.Optimizer):
     def _before_step(self) -> None:
         self._measure_match_rms()
 
+    def _check_whole(self) -> None:
+        """Refuses to take for vectors what were matrices: a plausible update, but not of their neurons."""
+        for group, matrices in zip(self.param_groups, self._matrices, strict=True):
+            left = count_matrices(group)
+            if left < matrices:
+                raise RuntimeError(
+                    f"A parameter group of {matrices} matrices has come to hold {left}: they were flattened or cut up, "
+                    "as DeepSpeed ZeRO and FSDP version 1 do, and neurons cannot be told in the pieces. Use DDP or "
+                    "FSDP version 2 (accelerate: fsdp_version: 2), whose shards keep their shape"
+                )
+
     def _members(self) -> Iterator[tuple[Tensor, Group]]:
         return ((parameter, group) for group in self.param_groups for parameter in group["params"])
 
@@ -242,151 +268,21 @@ class RotationalOptimizer(torch.optim.Optimizer):
             if multi_tensor(parameter, group):
                 state = self.state[parameter]
                 # Rotating tensors are stacked, so they must agree in shape and in what the core takes as a number.
+                spread = (getattr(parameter, "placements", None), getattr(parameter, "device_mesh", None))
                 same = (parameter.shape, state.get("rotation_step"), state.get("centered"), age(state)) if dims else ()
-                key = (dims, parameter.device, parameter.dtype, *same)
+                key = (dims, parameter.device, parameter.dtype, spread, *same)
             else:
                 key = (dims, parameter)
             buckets.setdefault(key, []).append(parameter)
         for key, parameters in buckets.items():
             yield parameters, key[0]
 
-    def _step_alike(
-        self, parameters: list[Tensor], group: Group, dims: tuple[int, ...], places: dict[Tensor, int]
-    ) -> None:
-        """One step for parameters that :meth:`_alike` has put together."""
-        lr, rounding = float(group["lr"]), group["rounding"]
-        states = [self.state[parameter] for parameter in parameters]
-        weights = [read(p, state, rounding) for p, state in zip(parameters, states, strict=True)]
-        for state, weight in zip(states, weights, strict=True):
-            self._prepare_state(state, weight, group, dims)
-            if lr != 0 and state.get("centered") is False:
-                center_(weight, dims)
-                state["centered"] = True
-        grads = [self._grad(parameter, group).to(weights[0].dtype) for parameter in parameters]
-        if not dims:
-            updates = self.inner.directions(grads, weights, states, group, rotates=False)
-            self.inner.descend_(weights, updates, group)
-        elif learns(group):
-            self._rotate_and_learn(weights, grads, states, group, dims, dtype=parameters[0].dtype)
-        else:
-            updates = self.inner.directions(grads, weights, states, group, rotates=True)
-            self._rotate(weights, updates, grads, states, group, dims)
-        if lr != 0:
-            for parameter, weight, state in zip(parameters, weights, states, strict=True):
-                write(parameter, weight, state, rounding, places[parameter])
-
-    def _rotate(
-        self,
-        weights: list[Tensor],
-        updates: list[Tensor],
-        grads: list[Tensor],
-        states: list[State],
-        group: Group,
-        dims: tuple[int, ...],
-    ) -> None:
-        """Rotates tensors of one shape, at once if there are several."""
-        several, lr = len(weights) > 1, float(group["lr"])
-        over = tuple(dim + several for dim in dims)
-
-        def joined(tensors: list[Tensor]) -> Tensor:
-            return torch.stack(tensors) if several else tensors[0]
-
-        weight, update = joined(weights), joined(updates)
-        update_norm_sq = joined([state["update_norm_sq"] for state in states])
-        step = states[0]["rotation_step"] + 1
-        forgetful = group["update_norm_decay"] < self.inner.momentum(group) ** 2
-        rotate_(
-            weight,
-            update,
-            norm=joined([state["norm"] for state in states]),
-            update_norm_sq=update_norm_sq,
-            step=step,
-            angle=self.target_rotation(group),
-            lr=lr,
-            decay=group["update_norm_decay"],
-            eps=group["rotational_eps"],
-            dims=over,
-            center=group["centering"] != "none",
-            relative_size_sq=self.inner.relative_size_sq(group, age(states[0]))
-            if group["transient_correction"]
-            else 1.0,
-            learns=(joined(grads) != 0).any(dim=over, keepdim=True) if forgetful else None,
-        )
-        for state in states:
-            state["rotation_step"] = step
-        if several:
-            torch._foreach_copy_([state["update_norm_sq"] for state in states], list(update_norm_sq.unbind()))
-            if lr != 0:
-                torch._foreach_copy_(weights, list(weight.unbind()))
-
-    def _rotate_and_learn(
-        self,
-        weights: list[Tensor],
-        grads: list[Tensor],
-        states: list[State],
-        group: Group,
-        dims: tuple[int, ...],
-        dtype: torch.dtype,
-    ) -> None:
-        """Rotates the directions of neurons whose norms or means are learned, and learns those."""
-        if float(group["lr"]) == 0:
-            weights = [weight.clone() for weight in weights]  # they are to stay as they are
-        learned = Coordinates(weights, grads, states, group, dims)
-        grads = [grad * scale for grad, scale in zip(grads, learned.scales, strict=True)]
-        directions = [weight / scale for weight, scale in zip(weights, learned.scales, strict=True)]
-        updates = self.inner.directions(grads, directions, states, group, rotates=True)
-        # A weight with a negative gain turns the other way than its direction.
-        updates = [update.mul_(sign(scale)) for update, scale in zip(updates, learned.scales, strict=True)]
-        self._rotate(weights, updates, grads, states, group, dims)
-        learned.learn_(self.inner)
-        learned.put_together_(weights, dtype, dims)
-
-    def _grad(self, parameter: Tensor, group: Group) -> Tensor:
-        grad = parameter.grad
-        assert grad is not None
-        if grad.is_sparse:
-            raise RuntimeError(
-                f"{type(self).__name__} does not support sparse gradients, and the parameter of shape "
-                f"{tuple(parameter.shape)} has one: build the embedding with sparse=False"
-            )
-        return -grad if group["maximize"] else grad
-
-    def _prepare_state(self, state: State, weight: Tensor, group: Group, dims: tuple[int, ...]) -> None:
-        """Makes what is missing, so that moments another optimizer left are taken over as they are."""
-        missing = [name for name in self.inner.buffers(group) if name not in state]
-        if "step" not in state and self.inner.counts_steps:
-            # Moments that are there already have seen a gradient.
-            state["step"] = torch.tensor(0.0 if missing or not self.inner.buffers(group) else 1.0)
-        for name in missing:
-            state[name] = torch.zeros_like(weight, memory_format=torch.preserve_format)
-        if dims and "norm" not in state:
-            start = center_(weight.clone(), dims) if holds_mean(group) else weight
-            norm, precision = neuron_norm(start, dims), torch.finfo(weight.dtype)
-            # As good as 0: a norm whose square underflows (its reciprocal would not be finite), and the rounding that
-            # centring leaves of a constant neuron.
-            none = (norm.square() < precision.tiny) | (norm <= 8 * precision.eps * neuron_norm(weight, dims))
-            state["norm"] = norm.masked_fill(none, 0.0)
-            state["update_norm_sq"] = torch.zeros_like(state["norm"])
-            state["rotation_step"] = 0
-            if group["centering"] == "weights":
-                state["centered"] = False
-
-    def _take_tensors(self, parameter: Tensor, state: State) -> None:
-        for name, value in state.items():
-            if isinstance(value, Tensor):
-                # Counters and the like are scalars; they and Kahan's remainder are in the dtype they should be in.
-                own_dtype = name == COMPENSATION or value.ndim == 0 or not value.is_floating_point()
-                dtype = value.dtype if own_dtype else compute_dtype(parameter)
-                device = value.device if name == "step" else parameter.device
-                # A copy, so that two optimizers that load one state do not share it.
-                self.state[parameter][name] = value.to(device, dtype, copy=True)
-
     def _measure_match_rms(self) -> None:
         groups = [group for group in self.param_groups if group["rotation"] == "match"]
         if all(group["match_rms"] is not None for group in groups):
             return
         known = [group["match_rms"] for group in groups if group["match_rms"] is not None]
-        sizes = [rms_of(parameter) for parameter, group in self.rotating() if group["rotation"] == "match"]
+        sizes = rms_of([parameter for parameter, group in self.rotating() if group["rotation"] == "match"])
         # A group that is added later turns as the first ones do.
         rms = known[0] if known else statistics.median([size for size in sizes if size > 0] or [math.inf])
         for group in groups:
@@ -399,22 +295,20 @@ class RotationalOptimizer(torch.optim.Optimizer):
             return state_dict  # torch will say so
         merged = [{**settings(own), **saved} for own, saved in zip(self.param_groups, saved_groups, strict=True)]
         for saved, own in zip(merged, self.param_groups, strict=True):
-            for place in saved["params"]:
-                self._check_state(state_dict["state"].get(place, {}), {**saved, **settings(own)})
+            for place, parameter in zip(saved["params"], own["params"], strict=False):  # torch compares the lengths
+                state = state_dict["state"].get(place, {})
+                check_state(state, parameter, {**saved, **settings(own)}, self.inner, type(self).__name__)
             self._check({**saved, "params": own["params"]})
         return {**state_dict, "param_groups": merged}
-
-    def _check_state(self, state: State, group: Group) -> None:
-        missing = [name for name in self.inner.buffers(group) if state.get(name) is None]
-        if state and missing:
-            raise ValueError(
-                f"Invalid state: it has {', '.join(state)} but no {', '.join(missing)}, so it is not of an optimizer "
-                f"whose moments {type(self).__name__} could continue"
-            )
 
     def _check(self, group: Group) -> None:
         check_group(group)
         self.inner.check(group)
+
+
+def count_matrices(group: Group) -> int:
+    """How many of a group's parameters have the two dims it takes to rotate."""
+    return sum(parameter.ndim >= 2 for parameter in group["params"])
 
 
 def multi_tensor(parameter: Tensor, group: Group) -> bool:
@@ -422,11 +316,16 @@ def multi_tensor(parameter: Tensor, group: Group) -> bool:
     return group["backend"] == "foreach" or (group["backend"] == "auto" and parameter.device.type != "cpu")
 
 
-def age(state: State) -> int:
-    """How many gradients the moments in a state have seen: more than it has rotated by, if it was taken over."""
-    return int(state["step"]) if "step" in state else int(state.get("rotation_step", 0))
+def rms_of(parameters: list[Tensor]) -> list[float]:
+    """Root mean square of each parameter's entries, on all ranks."""
+    sizes = [0.0] * len(parameters)
 
+    def measure(place: int, parameter: Tensor) -> Sums[None]:
+        part = torch.linalg.vector_norm(local(parameter.detach()), dtype=torch.float64)
+        sizes[place] = math.sqrt(float((yield part.square())) / max(parameter.numel(), 1))
 
-def rms_of(tensor: Tensor) -> float:
-    """Root mean square of a tensor's entries."""
-    return float(torch.linalg.vector_norm(tensor.detach(), dtype=torch.float64)) / math.sqrt(max(tensor.numel(), 1))
+    complete(
+        (measure(place, parameter), split_over(parameter, tuple(range(parameter.ndim))))
+        for place, parameter in enumerate(parameters)
+    )
+    return sizes

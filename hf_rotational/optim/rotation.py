@@ -1,13 +1,16 @@
 """The rotation core: one step on the sphere, for any direction any inner optimizer comes up with.
 
 A *neuron* is a slice of a weight tensor; ``dims`` are the dims that are reduced over, i.e. those that do not index
-neurons. Per-neuron statistics keep the reduced dims with size 1, so that they broadcast against the weight.
+neurons. Per-neuron statistics keep the reduced dims with size 1, so that they broadcast against the weight. Neurons may
+be spread over ranks: what needs sums over whole ones is a generator of sums (:mod:`hf_rotational.optim.sharding`).
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+from hf_rotational.optim.sharding import Sums
 
 
 def reduced_dims(ndim: int, neuron_dims: tuple[int, ...]) -> tuple[int, ...]:
@@ -20,16 +23,11 @@ ROUNDING_SQ = 64.0
 """What a projection leaves of a vector it should annihilate: 8 units of rounding, squared."""
 
 
-def center_(tensor: Tensor, dims: tuple[int, ...]) -> Tensor:
-    """Subtracts from every neuron the mean of its entries, in place."""
-    return tensor.sub_(tensor.mean(dims, keepdim=True))
-
-
-def remove_mean_(tensor: Tensor, dims: tuple[int, ...]) -> Tensor:
-    """Centres every neuron in place; returns the squared norm of what was taken out, per neuron."""
-    mean = tensor.mean(dims, keepdim=True)
+def center_(tensor: Tensor, dims: tuple[int, ...], fan_in: int) -> Sums[Tensor]:
+    """Subtracts from every neuron the mean of its ``fan_in`` entries, in place; returns the means."""
+    mean = (yield tensor.sum(dims, keepdim=True)) / fan_in
     tensor.sub_(mean)
-    return mean.square() * (tensor.numel() // max(1, mean.numel()))
+    return mean
 
 
 def neuron_norm(weight: Tensor, dims: tuple[int, ...]) -> Tensor:
@@ -50,10 +48,11 @@ def rotate_(
     decay: float,
     eps: float,
     dims: tuple[int, ...],
+    fan_in: int,
     center: bool = False,
     relative_size_sq: float = 1.0,
     learns: Tensor | None = None,
-) -> None:
+) -> Sums[None]:
     """Turns every neuron of ``weight`` by ``angle`` radians on average along ``-update``, its norm held at ``norm``,
     in place.
 
@@ -81,6 +80,7 @@ def rotate_(
         decay: of the running average; 0 makes every step exactly ``atan(angle)``.
         eps: added to the update's size before dividing by it.
         dims: the dims one neuron spans.
+        fan_in: its number of entries, on all ranks.
         center: take the mean out of the update.
         relative_size_sq: expected ``|u|^2`` of this step relative to a late one; the running average is of late sizes.
         learns: per neuron, whether this update counts in the running average; ``None``: all do.
@@ -88,11 +88,11 @@ def rotate_(
     rotates = norm > 0
     # A neuron of norm 0 has no tangent space: its update stays as it is.
     inverse_sq = torch.where(rotates, norm.square().reciprocal(), 0.0)
-    removed_sq = remove_mean_(update, dims) if center else 0.0
-    projection = (update * weight).sum(dims, keepdim=True)
+    removed_sq = (yield from center_(update, dims, fan_in)).square() * fan_in if center else 0.0
+    projection = yield (update * weight).sum(dims, keepdim=True)
     removed_sq = removed_sq + projection.square() * inverse_sq
     update.addcmul_(weight, projection * inverse_sq, value=-1)
-    size_sq = update.square().sum(dims, keepdim=True)
+    size_sq = yield update.square().sum(dims, keepdim=True)
     # Scaled up to the target angle, the rounding of a purely radial or constant update would be a full step of noise.
     size_sq = size_sq.where(size_sq > ROUNDING_SQ * torch.finfo(size_sq.dtype).eps ** 2 * removed_sq, 0.0)
     late_size_sq = size_sq / relative_size_sq
@@ -102,5 +102,6 @@ def rotate_(
     size = (update_norm_sq * (relative_size_sq / (1 - decay**step))).sqrt_().add_(eps)
     moves = rotates & (size_sq != 0)
     weight.addcmul_(update, torch.where(rotates, torch.where(moves, angle * norm / size, 0.0), lr), value=-1)
+    reached = (yield neuron_norm(weight, dims).square()).sqrt()
     # Rescaling a neuron that did not move would still round it, so it is left alone.
-    weight.mul_(torch.where(moves, norm / neuron_norm(weight, dims), 1.0))
+    weight.mul_(torch.where(moves, norm / reached, 1.0))

@@ -18,6 +18,7 @@ from hf_rotational.optim.inner import Group, State
 from hf_rotational.optim.optimizer import RotationalOptimizer
 from hf_rotational.optim.optimizers import OptimizerOptions
 from hf_rotational.optim.precision import compute_dtype, read, write
+from hf_rotational.optim.state import take_tensors
 
 CLOSED_FORMS: dict[str, inners.Inner] = {
     **dict.fromkeys(("AdamW", "Adam", "NAdam", "RAdam"), inners.AdamW()),
@@ -134,7 +135,7 @@ class _WrappedOptimizer(RotationalOptimizer):
         self.state = base.state
         # What it has already, of a run or from its constructor, goes on in float32.
         for parameter, state in self.state.items():
-            self._take_tensors(parameter, state)
+            take_tensors(state, dict(state), parameter)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_base": self._base}

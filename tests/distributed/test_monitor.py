@@ -6,8 +6,6 @@ Run as a script, this file is what each of the processes does.
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -16,7 +14,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-ROOT = Path(__file__).parents[2]
+from tests.distributed.ranks import launch
+
 STEPS = 4
 SHAPE = (5, 7)  # divides by 2 in neither dim
 
@@ -127,15 +126,7 @@ def monitored_step(model: nn.Module, where: Any) -> list[dict[str, Any]]:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where two ranks have left what they measured."""
     path = tmp_path_factory.mktemp("ranks")
-    result = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", __file__, str(path)],
-        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert result.returncode == 0, result.stdout + result.stderr
+    launch(__file__, 2, str(path))
     return path
 
 

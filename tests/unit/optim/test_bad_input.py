@@ -74,3 +74,15 @@ def test_refused_group_is_not_added() -> None:
     with pytest.raises(ValueError, match="Invalid lr: -1"):
         optimizer.add_param_group({"params": [nn.Parameter(torch.ones(2, 4))], "lr": -1})
     assert len(optimizer.param_groups) == 1
+
+
+def test_matrices_flattened_behind_its_back() -> None:
+    matrix, bias = nn.Parameter(torch.ones(3, 4)), nn.Parameter(torch.ones(4))
+    optimizer = RotationalAdamW([{"params": [matrix]}, {"params": [bias]}])
+    # DeepSpeed puts one flat tensor in the place of a group's parameters.
+    flat = nn.Parameter(matrix.detach().flatten())
+    flat.grad = torch.ones(12)
+    optimizer.param_groups[0]["params"] = [flat]
+    with pytest.raises(RuntimeError, match=r"group of 1 matrices has come to hold 0: .*FSDP version 2"):
+        optimizer.step()
+    assert torch.equal(flat, torch.ones(12))
