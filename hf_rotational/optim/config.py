@@ -32,8 +32,9 @@ class RotationalConfig:
     """``"none"``, ``"updates"``, ``"weights"`` or ``"learned"``."""
     granularity: str = "neuron"
     """``"neuron"`` or ``"tensor"``."""
-    rounding: str = "nearest"
-    """Of 16-bit parameters: ``"nearest"``, ``"kahan"`` or ``"stochastic"``."""
+    rounding: str = "auto"
+    """Of 16-bit parameters: ``"nearest"``, ``"kahan"`` or ``"stochastic"``; ``"auto"`` is kahan for models that have
+    such parameters, as checkpoints saved in bfloat16 do unless they are loaded in float32."""
     transient_correction: bool = False
     """Whether the first steps, whose updates are larger or smaller than later ones, are brought to the target angle."""
     gains: str = "fixed"

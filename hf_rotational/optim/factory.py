@@ -82,6 +82,9 @@ class RotationalOptimizerFactory:
         rotation_plan = plan(model, **config.plan_options())
         if not rotation_plan.rotating:
             raise ValueError(f"No parameter of {type(model).__name__} rotates:\n{rotation_plan}")
+        options = config.optimizer_options()
+        if config.rounding == "auto":
+            options["rounding"] = _rounding_for(model)
         optimizer = cls(
             rotation_plan.parameter_groups(
                 weight_decay=weight_decay,
@@ -90,7 +93,7 @@ class RotationalOptimizerFactory:
             ),
             lr=lr,
             **{k: v for k, v in settings.items() if k in own},
-            **config.optimizer_options(),
+            **options,
         )
         angles = {optimizer.target_rotation(group) for group in optimizer.param_groups if group["rotational"]}
         logger.info(
@@ -99,6 +102,18 @@ class RotationalOptimizerFactory:
         )
         _warn_of_lost_steps(optimizer)
         return optimizer
+
+
+def _rounding_for(model: nn.Module) -> str:
+    """Keeps what rounding cuts off where weights that train have 16 bits, too few for the steps of fine-tuning."""
+    narrow = sorted({str(p.dtype) for p in model.parameters() if p.requires_grad and p.dtype.itemsize == 2})
+    if not narrow:
+        return "nearest"
+    logger.info(
+        f"The model's weights are {' and '.join(narrow)}: rounding='kahan' keeps what rounding cuts off a step, for "
+        "2 bytes an entry. Load the model with dtype=torch.float32 to train 32-bit weights."
+    )
+    return "kahan"
 
 
 def _warn_of_lost_steps(optimizer: RotationalOptimizer) -> None:

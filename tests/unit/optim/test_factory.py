@@ -121,12 +121,13 @@ def test_multipliers_reach_the_angle(model: nn.Module) -> None:
 @pytest.mark.parametrize(
     ("dtype", "settings", "warned"),
     [
-        (torch.bfloat16, {}, True),
+        (torch.bfloat16, {"rounding": "nearest"}, True),
         (torch.bfloat16, {"rounding": "kahan"}, False),
-        (torch.bfloat16, {"rotation": 0.01}, False),
-        (torch.float16, {"rotation": 1e-3}, False),
-        (torch.float16, {"rotation": 1e-4}, True),
-        (torch.float32, {}, False),
+        (torch.bfloat16, {"rounding": "nearest", "rotation": 0.01}, False),
+        (torch.float16, {"rounding": "nearest", "rotation": 1e-3}, False),
+        (torch.float16, {"rounding": "nearest", "rotation": 1e-4}, True),
+        (torch.float32, {"rounding": "nearest"}, False),
+        (torch.bfloat16, {}, False),
     ],
 )
 def test_steps_that_rounding_would_swallow_are_announced_with_the_remedy(
@@ -141,6 +142,25 @@ def test_steps_that_rounding_would_swallow_are_announced_with_the_remedy(
     assert [("rounding='kahan'" in warning, str(dtype)[6:] in warning) for warning in warnings] == [
         (True, True)
     ] * warned
+
+
+@pytest.mark.parametrize(
+    ("dtype", "trains", "rounding"),
+    [
+        (torch.float32, True, "nearest"),
+        (torch.bfloat16, True, "kahan"),
+        (torch.float16, True, "kahan"),
+        (torch.bfloat16, False, "nearest"),  # a frozen base, as with LoRA
+    ],
+)
+def test_16_bit_weights_are_compensated_unless_said_otherwise(
+    model: nn.Module, info_lines: pytest.LogCaptureFixture, dtype: torch.dtype, trains: bool, rounding: str
+) -> None:
+    model[0].to(dtype).requires_grad_(trains)
+    optimizer = RotationalOptimizerFactory()(model, lr=1e-4)
+    assert {group["rounding"] for group in optimizer.param_groups} == {rounding}
+    said = [record.message for record in info_lines.records if "rounding='kahan'" in record.message]
+    assert [str(dtype) in message for message in said] == [True] * (rounding == "kahan")
 
 
 def test_config_round_trips() -> None:
