@@ -12,7 +12,7 @@ from torch import nn
 from transformers.utils import logging
 
 from hf_rotational.neurons import plan
-from hf_rotational.optim.config import RotationalConfig, check_keys, parse_optim_args, parse_settings
+from hf_rotational.optim.config import RotationalConfig, check_keys, parse_optim_args, parse_rotation, parse_settings
 from hf_rotational.optim.optimizer import RotationalOptimizer
 from hf_rotational.optim.optimizers import RotationalAdam, RotationalAdamW, RotationalLion, RotationalSGD
 
@@ -168,6 +168,8 @@ def factory_settings(args: TrainingArguments, optim: str) -> dict[str, Any]:
     """
     settings = vars(RotationalConfig())
     fields = {name: getattr(args, argument_name(name), None) for name in settings}
+    if fields["rotation"] is not None:
+        fields["rotation"] = parse_rotation(fields["rotation"])  # a hyperparameter search makes a string of a number
     extra = hyperparameters(optimizer_class(optim))
     # Betas hold a comma, which separates optim_args; they have arguments of their own.
     readable = {name: default for name, default in extra.items() if not isinstance(default, tuple)}
