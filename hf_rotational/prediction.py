@@ -212,7 +212,7 @@ def study_layers(model: nn.Module, prediction: Prediction) -> Layers:
 def _layer(entry: PlannedParameter, prediction: Prediction) -> Layer:
     parameter, run = entry.parameter, prediction.run
     fan_in = parameter.numel() / math.prod(parameter.shape[dim] for dim in entry.neuron_dims)
-    rms = rms_of(parameter)
+    (rms,) = rms_of([parameter])
     # Run with another optimizer, AdamW is compared with at its own default betas.
     betas = {} if run.optim == "sgd" else {"betas": run.betas}
     update_rms = equilibrium.adamw(lr=run.lr, weight_decay=0.0, fan_in=1, **betas).update_rms
