@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from hf_rotational.optim.factory import RotationalOptimizerFactory
     from hf_rotational.optim.optimizers import RotationalAdam, RotationalAdamW, RotationalLion, RotationalSGD
     from hf_rotational.optim.wrap import rotational
+    from hf_rotational.standardize.modules import fold, standardize
     from hf_rotational.training.arguments import RotationalTrainingArguments
     from hf_rotational.training.trainer import RotationalSeq2SeqTrainer, RotationalTrainer, RotationalTrainerMixin
 
@@ -32,6 +33,7 @@ _HOME = {
     "RotationalTrainer": "training.trainer",
     "RotationalTrainerMixin": "training.trainer",
     "RotationalTrainingArguments": "training.arguments",
+    "fold": "standardize.modules",
     "plan": "neurons",
     "rotational": "optim.wrap",
 }
@@ -50,14 +52,16 @@ __all__ = [
     "RotationalTrainerMixin",
     "RotationalTrainingArguments",
     "equilibrium",
+    "fold",
     "plan",
     "rotational",
+    "standardize",
 ]
 
 
 def __getattr__(name: str) -> Any:
-    if name == "equilibrium":
-        return importlib.import_module("hf_rotational.equilibrium")
+    if name in ("equilibrium", "standardize"):
+        return importlib.import_module(f"hf_rotational.{name}")
     if name in _HOME:
         return getattr(importlib.import_module(f"hf_rotational.{_HOME[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -101,7 +101,7 @@ def _resolve(module: nn.Module, name: str, dims: Dims, reason: str) -> Layout:
     if isinstance(found, str):
         return Layout(reason=found)
     # Quantized and sharded forms keep the class and the name, but not the shape.
-    return Layout(found, reason) if max(found) < module.get_parameter(name).ndim else Layout(reason=UNKNOWN)
+    return Layout(found, reason) if max(found) < getattr(module, name).ndim else Layout(reason=UNKNOWN)
 
 
 def _forward_is_proved(module: nn.Module) -> bool:

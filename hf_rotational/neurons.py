@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.utils.parametrize import ParametrizationList, type_before_parametrizations
 from transformers import PreTrainedModel
 
 from hf_rotational.layouts import UNKNOWN, Layout, layout
@@ -108,16 +109,11 @@ class RotationPlan:
 
     def summary(self) -> str:
         """One line: how many parameters (tensors and entries) rotate."""
-        entries = sum(entry.parameter.numel() for entry in self)
-        rotating = sum(entry.parameter.numel() for entry in self.rotating)
-        share = rotating / max(entries, 1)
-        return (
-            f"{len(self.rotating)} of {len(self)} tensors rotate: {rotating:,} of {entries:,} parameters ({share:.1%})"
-        )
+        return rotating_share([entry.parameter for entry in self.rotating], [entry.parameter for entry in self])
 
     def __str__(self) -> str:
         header = ("parameter", "module", "shape", "neurons", "rotates")
-        rows = [header] + [
+        rows = [
             (
                 entry.name,
                 entry.module_type,
@@ -129,9 +125,22 @@ class RotationPlan:
             )
             for entry in self
         ]
-        widths = [max(len(row[column]) for row in rows) for column in range(len(header))]
-        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-        return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:], "", self.summary()])
+        return f"{table(header, rows)}\n\n{self.summary()}"
+
+
+def rotating_share(rotating: Sequence[Tensor], parameters: Sequence[Tensor]) -> str:
+    """One line: how many of the parameters (tensors and entries) rotate."""
+    part, whole = (sum(tensor.numel() for tensor in tensors) for tensors in (rotating, parameters))
+    share = part / max(whole, 1)
+    return f"{len(rotating)} of {len(parameters)} tensors rotate: {part:,} of {whole:,} parameters ({share:.1%})"
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Rows of text in columns."""
+    cells = [header, *rows]
+    widths = [max(len(row[column]) for row in cells) for column in range(len(header))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in cells]
+    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
 
 
 def plan(
@@ -140,6 +149,7 @@ def plan(
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     embeddings: bool = False,
+    heads: bool = False,
     multipliers: Mapping[str, float] | None = None,
 ) -> RotationPlan:
     """Decides for every parameter of a model whether it rotates, and along which dims its neurons lie.
@@ -147,15 +157,19 @@ def plan(
     Rotating: the weights of linear layers, convolutions, attention, routers and stacked experts, as
     :mod:`hf_rotational.layouts` lists them. Not rotating: embeddings and whatever is tied to one, new task heads,
     LoRA's B, vectors, neurons with fewer than 3 entries, weights that are zero (not seen on the meta device),
-    quantized weights, and every parameter whose storage is not known.
+    quantized weights, and every parameter whose storage is not known. In a standardized model
+    (:func:`~hf_rotational.standardize.standardize`) what weights are computed from rotates as they would, gains and
+    means do not.
 
     Args:
         model: any module; frozen parameters are planned too (an optimizer leaves them out).
-        include: regular expressions searched in parameter names; a match rotates though it is an embedding, in a task
+        include: regular expressions searched in parameter names (of a standardized weight, also in the name that it
+            had); a match rotates though it is an embedding, in a task
             head, a LoRA B, or in a module class with a forward of its own. What is not known to be a weight matrix,
             or has no direction to turn, still does not.
         exclude: regular expressions; a match does not rotate. Wins over ``include``.
         embeddings: rotate ``nn.Embedding`` weights (a neuron is a token's row) and what is tied to them.
+        heads: rotate new task heads.
         multipliers: regular expression to a factor on the target angle. The last that matches a parameter counts.
 
     Raises:
@@ -168,17 +182,18 @@ def plan(
             raise ValueError(f"Invalid multiplier: {pattern!r}: {factor} (must be a finite number > 0)")
     includes, excludes = _compile(model, "include", include), _compile(model, "exclude", exclude)
     scaled = list(zip(_compile(model, "multipliers", tuple(factors)), factors.values(), strict=True))
-    heads = _task_heads(model)
+    new = frozenset() if heads else _task_heads(model)
     entries = []
     for name, parameter, owners in _owners(model):
-        in_head = parameter in heads or any(HEAD_NAMES.match(owner.path) for owner in owners)
+        in_head = not heads and (parameter in new or any(HEAD_NAMES.match(owner.path) for owner in owners))
         stored, reason = _decide(parameter, owners, in_head, embeddings, force=_matches(includes, name))
         if _matches(excludes, name):
             stored, reason = (), "excluded"
-        scale = next((factor for pattern, factor in reversed(scaled) if stored and pattern.search(name)), 1.0)
-        entries.append(PlannedParameter(name, parameter, type(owners[0].module).__name__, stored, reason, scale))
+        scale = next((factor for pattern, factor in reversed(scaled) if stored and _matches([pattern], name)), 1.0)
+        module_type = type_before_parametrizations(owners[0].module).__name__
+        entries.append(PlannedParameter(name, parameter, module_type, stored, reason, scale))
     for compiled, _ in scaled:
-        if not any(entry.rotates and compiled.search(entry.name) for entry in entries):
+        if not any(entry.rotates and _matches([compiled], entry.name) for entry in entries):
             raise ValueError(f"multipliers: {compiled.pattern!r} matches nothing that rotates")
     return RotationPlan(tuple(entries))
 
@@ -220,9 +235,15 @@ def _obstacle(parameter: nn.Parameter, owners: list[_Owner]) -> str | None:
     fan_in = parameter.numel() // max(1, math.prod(parameter.shape[dim] for dim in owners[0].layout.neuron_dims))
     if fan_in < MIN_FAN_IN:
         return f"fan-in {fan_in} is below {MIN_FAN_IN}"
-    if parameter.device.type != "meta" and not torch.any(parameter.detach() != 0):
+    if parameter.device.type != "meta" and _is_zero(parameter.detach()):
         return "zero at the start"
     return None
+
+
+def _is_zero(tensor: torch.Tensor) -> bool:
+    size = tensor.abs().sum()
+    # A sharded tensor is zero if every rank's part is.
+    return not (size.full_tensor() if hasattr(size, "full_tensor") else size)
 
 
 def _objection(owners: list[_Owner], in_head: bool, embeddings: bool) -> str | None:
@@ -245,10 +266,19 @@ def _owners(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, list[_Owner]]
         for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
             path = f"{prefix}.{name}" if prefix else name
             adapter = fused and any(path.startswith(f"{outer}lora_") for outer in fused)
-            stored = Layout(reason="adapter of stacked experts") if adapter else layout(module, name)
-            uses.setdefault(parameter, []).append(_Owner(path, module, stored))
+            holder, leaf = _holder(model, prefix, module, name)
+            stored = Layout(reason="adapter of stacked experts") if adapter else layout(holder, leaf)
+            uses.setdefault(parameter, []).append(_Owner(path, holder, stored))
     for name, parameter in model.named_parameters():
         yield name, parameter, uses[parameter]
+
+
+def _holder(model: nn.Module, path: str, module: nn.Module, name: str) -> tuple[nn.Module, str]:
+    """The module that uses a parameter, and as what: not the parametrization in between, if neurons stay in place."""
+    if not isinstance(module, ParametrizationList) or not hasattr(module[0], "neuron_dims"):
+        return module, name
+    path, _, leaf = path.rpartition(".")
+    return model.get_submodule(path.removesuffix("parametrizations").removesuffix(".")), leaf
 
 
 def _task_heads(model: nn.Module) -> frozenset[nn.Parameter]:
@@ -275,10 +305,11 @@ def _compile(model: nn.Module, argument: str, patterns: Sequence[str]) -> list[r
             compiled.append(re.compile(pattern))
         except re.error as error:
             raise ValueError(f"{argument}: {pattern!r} is not a regular expression ({error})") from None
-        if not any(compiled[-1].search(name) for name, _ in model.named_parameters()):
+        if not any(_matches(compiled[-1:], name) for name, _ in model.named_parameters()):
             raise ValueError(f"{argument}: {pattern!r} matches no parameter of {type(model).__name__}")
     return compiled
 
 
 def _matches(patterns: list[re.Pattern[str]], name: str) -> bool:
-    return any(pattern.search(name) for pattern in patterns)
+    plain = re.sub(r"(^|\.)parametrizations\.([^.]+)\.original$", r"\1\2", name)
+    return any(pattern.search(each) for pattern in patterns for each in (name, plain))

@@ -2,28 +2,28 @@
 
 from __future__ import annotations
 
-import os
-import runpy
 import sys
+
+from hf_rotational.errors import UserError
+from trainer_patches.runner import run_script
 
 USAGE = """\
 usage: python -m trainer_patches SCRIPT [ARGS...]
 
-Runs a Hugging Face Trainer script, unmodified, with the rotational optimizers among the values of --optim:
+Runs a Hugging Face Trainer script, unmodified, with the rotational optimizers among the values of --optim and their
+settings among its arguments (--help of the script lists them):
 
-  python -m trainer_patches run_clm.py --model_name_or_path gpt2 ... --optim rotational_adamw
+  python -m trainer_patches run_clm.py --model_name_or_path gpt2 ... --optim rotational_adamw --rotation match
   torchrun --nproc_per_node 2 -m trainer_patches run_clm.py ... --optim rotational_adamw
+  python -m trainer_patches run_clm.py ... --weight_standardization drop_mean
 
-Their options ride on the Trainer's own --optim_args:
-
-  --optim_args "rotation=match,centering=updates"
-
-Arguments after SCRIPT are the script's own. Without a rotational --optim the script runs as it would by itself.
+Arguments after SCRIPT are the script's own. Without a rotational --optim and --weight_standardization the script trains
+as it would by itself. `hf-rotational run SCRIPT [ARGS...]` is the same.
 """
 
 
 def main() -> None:
-    """Run the script named on the command line; its exit status is ours, and 2 means that it could not be started."""
+    """Run the script named on the command line; its exit status is ours, and 2 means that it could not be run so."""
     arguments = sys.argv[1:]
     if not arguments:
         sys.stderr.write(USAGE)
@@ -31,29 +31,11 @@ def main() -> None:
     if arguments[0] in ("-h", "--help"):
         sys.stdout.write(USAGE)
         sys.exit(0)
-
-    script = arguments[0]
-    if not os.path.isfile(script):
-        _refuse(f"no such script: {script}")
-
-    from trainer_patches.compat import UnsupportedTransformersError
-    from trainer_patches.patches import apply
-
     try:
-        apply()
-    except UnsupportedTransformersError as error:
-        _refuse(str(error))
-
-    sys.argv = arguments
-    # `python -m` put the working directory first on the path; `python SCRIPT` puts the script's. Under -P neither does.
-    if not getattr(sys.flags, "safe_path", sys.flags.isolated):
-        sys.path[0] = os.path.dirname(os.path.realpath(script))
-    runpy.run_path(script, run_name="__main__")
-
-
-def _refuse(reason: str) -> None:
-    sys.stderr.write(f"trainer_patches: {reason}\n")
-    sys.exit(2)
+        run_script(arguments[0], arguments[1:])
+    except UserError as error:
+        sys.stderr.write(f"trainer_patches: {error}\n")
+        sys.exit(2)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Registers the rotational optimizers under names that ``--optim`` accepts, and takes them out again."""
+"""Puts the rotational optimizers and their settings into Transformers, and takes them out again."""
 
 from __future__ import annotations
 
@@ -17,10 +17,12 @@ _applied: ExitStack | None = None
 
 
 def apply() -> None:
-    """Make ``rotational_adamw`` and its kin valid values of ``TrainingArguments.optim`` and ``--optim``.
+    """Make ``rotational_adamw`` and its kin values of ``TrainingArguments.optim``, and their settings arguments.
 
-    Call it before argument parsers are built: they read the valid names when they are constructed. A second call
-    changes nothing. A process started with multiprocessing's "spawn" method begins unpatched and calls it for itself.
+    ``TrainingArguments`` and ``Trainer`` are changed in place, so that subclasses, and names that were imported before,
+    know them too; a run that names neither a rotational ``optim`` nor ``weight_standardization`` is as it was. Call it
+    before argument parsers are built: they read the arguments when they are constructed. A second call changes
+    nothing. A process started with multiprocessing's "spawn" method begins unpatched and calls it for itself.
     """
     global _applied
     if _applied is not None:
@@ -31,6 +33,8 @@ def apply() -> None:
     from transformers.training_args import OptimizerNames
 
     from hf_rotational.optim.factory import OPTIMIZERS
+    from trainer_patches.arguments import add_fields
+    from trainer_patches.trainer import patch_methods
 
     # Should one name fail, leaving the block takes out those before it; pop_all keeps them for revert().
     with ExitStack() as undo:
@@ -42,6 +46,8 @@ def apply() -> None:
             # In place: the Trainer's module holds the same dict.
             _OPTIMIZER_HANDLERS[name] = _handle
             undo.callback(_OPTIMIZER_HANDLERS.pop, name)
+        add_fields(undo)
+        patch_methods(undo)
         _applied = undo.pop_all()
 
 

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from transformers import TrainingArguments
 
-from hf_rotational.optim.config import RotationalConfig, parse_rotation
-from hf_rotational.optim.factory import OPTIMIZERS, factory_settings, optim_name
+from hf_rotational.optim.config import RotationalConfig, parse_settings
+from hf_rotational.optim.factory import OPTIMIZERS, argument_name, factory_settings, optim_name
+from hf_rotational.standardize import MODES
 
 _DEFAULT = RotationalConfig()
+
+NO_STANDARDIZATION = "none"
+"""Value of ``weight_standardization`` that leaves the model as it is."""
 
 
 @dataclass
@@ -48,7 +53,21 @@ class RotationalTrainingArguments(TrainingArguments):
     )
     rotation_centering: str = field(
         default=_DEFAULT.centering,
-        metadata={"help": "Take the mean out of each neuron's 'updates', of its 'weights' too, or 'none'."},
+        metadata={
+            "help": "Take the mean out of each neuron's 'updates', of its 'weights' too, keep it as a 'learned' "
+            "parameter of its own, or 'none'."
+        },
+    )
+    rotation_gains: str = field(
+        default=_DEFAULT.gains,
+        metadata={"help": "Norm of each neuron: 'fixed', or 'learned' by the inner update."},
+    )
+    rotation_gain_lr_multiplier: float = field(
+        default=_DEFAULT.gain_lr_multiplier,
+        metadata={"help": "Factor on the learning rate for learned gains and means."},
+    )
+    rotation_gain_weight_decay: float = field(
+        default=_DEFAULT.gain_weight_decay, metadata={"help": "Weight decay of learned gains and means."}
     )
     rotation_granularity: str = field(
         default=_DEFAULT.granularity,
@@ -86,17 +105,45 @@ class RotationalTrainingArguments(TrainingArguments):
             "rotation.jsonl; 0: never."
         },
     )
+    weight_standardization: str = field(
+        default=NO_STANDARDIZATION,
+        metadata={
+            "help": "Reparametrize the model before training: 'function_preserving' trains gain, mean and direction of "
+            "each neuron apart, 'drop_mean' gain and direction without the mean, 'gain' adds a gain to its weights, or "
+            "'none'. For every optimizer; what is saved is plain."
+        },
+    )
 
     def __post_init__(self) -> None:
         optim = optim_name(self)
         if optim in OPTIMIZERS:
             # The parent converts optim to its own enum, which need not know our names.
             self.optim = "adamw_torch"
-        if self.rotation_logging_steps < 0:
-            raise ValueError(f"Invalid rotation_logging_steps: {self.rotation_logging_steps} (must be at least 0)")
         super().__post_init__()  # type: ignore[no-untyped-call]
         if optim in OPTIMIZERS:
             self.optim = optim
-            self.rotation = parse_rotation(self.rotation)  # type: ignore[assignment]
-            given = factory_settings(self, optim)
-            RotationalConfig(**{name: given[name] for name in RotationalConfig.names()})
+        check_arguments(self)
+
+
+def check_arguments(args: Any) -> None:
+    """Checks the fields above on training arguments that have them, and reads numbers that came as text.
+
+    Raises:
+        ValueError: for a setting out of range or an unknown ``optim_args`` key.
+    """
+    if args.rotation_logging_steps < 0:
+        raise ValueError(f"Invalid rotation_logging_steps: {args.rotation_logging_steps} (must be at least 0)")
+    modes = (NO_STANDARDIZATION, *MODES)
+    if args.weight_standardization not in modes:
+        raise ValueError(
+            f"Invalid weight_standardization: {args.weight_standardization!r} (must be one of {', '.join(modes)})"
+        )
+    optim = optim_name(args)
+    if optim in OPTIMIZERS:
+        # YAML reads 1e-8 as text, and a command line reads the angle so, which may be a number.
+        for name, default in vars(_DEFAULT).items():
+            if isinstance(getattr(args, argument_name(name)), str):
+                text = {name: getattr(args, argument_name(name))}
+                setattr(args, argument_name(name), parse_settings(text, {name: default})[name])
+        given = factory_settings(args, optim)
+        RotationalConfig(**{name: given[name] for name in RotationalConfig.names() if name in given})

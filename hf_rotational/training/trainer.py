@@ -8,8 +8,8 @@ import torch
 from torch import nn
 from transformers import Seq2SeqTrainer, Trainer, TrainingArguments
 
-from hf_rotational.monitor.callback import RotationMonitor
 from hf_rotational.optim.factory import OPTIMIZERS, RotationalOptimizerFactory, factory_kwargs, optim_name
+from hf_rotational.training import behavior
 from hf_rotational.training.arguments import RotationalTrainingArguments
 
 if TYPE_CHECKING:
@@ -24,16 +24,13 @@ class RotationalTrainerMixin(_Base):
     Builds the optimizer named by ``args.optim`` where that is a rotational one, and RotationalAdamW with its defaults
     where ``args`` are no :class:`~hf_rotational.RotationalTrainingArguments` and name none. Attaches a
     :class:`~hf_rotational.RotationMonitor` (one in ``callbacks``, or one of its own by
-    ``args.rotation_logging_steps``). Everything else is the Trainer's, so with another ``optim``, or with an
-    optimizer passed in, it trains as the class it is mixed into.
+    ``args.rotation_logging_steps``). Standardizes the model by ``args.weight_standardization`` when training begins.
+    Resumes exactly, or refuses a checkpoint that is damaged, incomplete or another model's. Everything else is the
+    Trainer's, so with another ``optim``, or with an optimizer passed in, it trains as the class it is mixed into.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        every = getattr(self.args, "rotation_logging_steps", 0)
-        monitors = [callback for callback in self.callback_handler.callbacks if isinstance(callback, RotationMonitor)]
-        for monitor in monitors or ([RotationMonitor(every)] if every else []):
-            monitor.attach(self)
+        behavior.init(self, super().__init__, *args, **kwargs)
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """Builds the optimizer; see :class:`~hf_rotational.RotationalOptimizerFactory` for what it raises."""
@@ -46,6 +43,26 @@ class RotationalTrainerMixin(_Base):
             )
             return self.optimizer
         return super().create_optimizer(model)
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """Trains; with ``resume_from_checkpoint=True`` on from the latest checkpoint that is complete."""
+        return behavior.train(self, super().train, resume_from_checkpoint, *args, **kwargs)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Saves a plain model; in checkpoints, what resuming a standardized one takes is put beside it."""
+        behavior.save_model(self, super().save_model, output_dir, _internal_call)
+
+    def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
+        return behavior.inner_training_loop(self, super()._inner_training_loop, *args, **kwargs)
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        behavior.run_epoch(self, super()._run_epoch, *args, **kwargs)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        behavior.load_from_checkpoint(self, super()._load_from_checkpoint, resume_from_checkpoint, model)
+
+    def _load_best_model(self) -> None:
+        behavior.load_best_model(self, super()._load_best_model)
 
     def _rotational_optim(self) -> str | None:
         optim = optim_name(self.args)

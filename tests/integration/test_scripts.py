@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,14 +14,25 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    PreTrainedTokenizerFast,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+
+from hf_rotational.monitor.records import read_records
 
 ROOT = Path(__file__).parents[2]
 SCRIPTS = Path(__file__).parent / "scripts"
 RUNNER = ["-m", "trainer_patches"]
 TWO_PROCESSES = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 
-OPTIONS = {"optim": "rotational_adamw", "optim_args": "rotation=match,centering=updates"}
+RUN_COMMAND = ["-c", "from hf_rotational.cli import main; main()", "run"]
+
+OPTIONS = {"optim": "rotational_adamw", "rotation": "match", "rotation_centering": "updates"}
 SENTENCE = "the weights of a neuron turn by one angle per step and keep their norm"
 
 
@@ -134,14 +146,24 @@ def test_the_saved_model_is_plain(rotational):
     assert type(model) is GPT2LMHeadModel
 
 
-def test_the_saved_arguments_load_here(rotational):
+def test_the_saved_arguments_load_where_this_package_is_not_there(rotational):
     args = torch.load(rotational / "training_args.bin", weights_only=False)
     assert type(args.optim) is str
-    assert (args.optim, args.optim_args) == (OPTIONS["optim"], OPTIONS["optim_args"])
+    assert {name: getattr(args, name) for name in OPTIONS} == OPTIONS
+    with zipfile.ZipFile(rotational / "training_args.bin") as archive:
+        (pickled,) = [archive.read(name) for name in archive.namelist() if name.endswith(".pkl")]
+    assert b"transformers.training_args" in pickled
+    assert b"hf_rotational" not in pickled
+    assert b"trainer_patches" not in pickled
 
 
-def test_arguments_from_json(workspace, rotational):
-    again = workspace.train_from_json(*RUNNER, output="from_json", **OPTIONS)
+def test_rotation_is_measured(rotational):
+    assert read_records(rotational).steps[0]["rotation"] > 0
+
+
+def test_arguments_from_json_and_optim_args_which_win(workspace, rotational):
+    options = OPTIONS | {"rotation": 0.5, "optim_args": "rotation=match"}
+    again = workspace.train_from_json(*RUN_COMMAND, output="from_json", **options)
     torch.testing.assert_close(weights(again), weights(rotational), rtol=0, atol=0)
 
 
@@ -157,12 +179,65 @@ def test_without_the_flag_nothing_changes(workspace):
     assert changes_of_neuron_norms(workspace.model, patched).max() > 1e-2
 
 
-def test_an_unknown_option_ends_the_script(workspace):
-    process = workspace.run(*RUNNER, output="unknown", **OPTIONS | {"optim_args": "spin=fast"})
-    assert process.returncode == 1
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"optim_args": "spin=fast"}, ["'spin'", "rotation", "centering", "granularity"]),
+        ({"optim": "adamw_torch"}, ["--rotation, --rotation_centering would do nothing with --optim adamw_torch"]),
+    ],
+)
+def test_options_that_cannot_be_used_end_the_script(workspace, options, words):
+    process = workspace.run(*RUNNER, output="refused", **OPTIONS | options)
+    assert process.returncode == 2
     last_line = process.stderr.strip().splitlines()[-1]
-    assert last_line.startswith("ValueError: ")
-    assert all(word in last_line for word in ("'spin'", "rotation", "centering", "granularity"))
+    assert last_line.startswith("trainer_patches: ")
+    assert all(word in last_line for word in words)
+
+
+def test_the_help_of_the_script_lists_the_arguments(workspace):
+    process = workspace.python(*RUN_COMMAND, str(SCRIPTS / "clm_style.py"), "--help")
+    assert process.returncode == 0
+    for name in (*OPTIONS, "rotation_exclude", "rotation_logging_steps", "weight_standardization", "block_size"):
+        assert f"--{name} " in process.stdout
+
+
+@pytest.fixture(scope="module")
+def seq2seq(workspace) -> dict[str, object]:
+    """Arguments of a script with subclasses of its own; standardized, with a stock optimizer, and monitored."""
+    torch.manual_seed(0)
+    config = T5Config(d_model=16, d_kv=8, d_ff=24, num_layers=1, num_heads=2, vocab_size=30, decoder_start_token_id=0)
+    T5ForConditionalGeneration(config).save_pretrained(workspace.folder / "t5")
+    return {
+        "model_name_or_path": "t5",
+        "max_steps": 4,
+        "save_steps": 2,
+        "number_of_rows": 20,
+        "learning_rate": 1e-2,
+        "optim": "adamw_torch",
+        "weight_standardization": "drop_mean",
+        "rotation_logging_steps": 2,
+        "predict_with_generate": True,
+        "use_cpu": True,
+        "report_to": "none",
+    }
+
+
+def test_a_script_with_classes_of_its_own_is_standardized_monitored_and_resumed(workspace, seq2seq):
+    def run(output: str, **more: object) -> Path:
+        arguments = seq2seq | {"output_dir": output} | more
+        (workspace.folder / f"{output}.yaml").write_text(json.dumps(arguments))  # is YAML too
+        return workspace.finished(
+            workspace.python(*RUNNER, str(SCRIPTS / "seq2seq_style.py"), f"{output}.yaml"), output
+        )
+
+    whole = run("whole")
+    resumed = run("resumed", resume_from_checkpoint="whole/checkpoint-2")
+    torch.testing.assert_close(weights(resumed), weights(whole), rtol=0, atol=0)
+    assert weights(whole).keys() == weights(workspace.folder / "t5").keys()
+    assert [record["step"] for record in read_records(whole).steps] == [1, 3]
+    assert {path.name for path in whole.glob("**/_rotational*")} == {"_rotational_weights.safetensors"}
+    neuron = weights(whole)["encoder.block.0.layer.0.SelfAttention.q.weight"]
+    assert neuron.mean(dim=1).abs().max() < 1e-6 < neuron.std()
 
 
 def test_processes_started_afresh_find_the_script(workspace):

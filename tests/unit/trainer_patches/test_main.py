@@ -80,6 +80,15 @@ def test_errors_of_the_script_pass_through(run):
     assert error.traceback[-1].path.name == "script.py"
 
 
+def test_settings_that_cannot_be_used_end_it_with_one_line(run, capsys):
+    with pytest.raises(SystemExit) as ending:
+        run("from transformers import TrainingArguments\nTrainingArguments('out', rotation='match')")
+    assert ending.value.code == 2
+    printed = capsys.readouterr().err
+    assert printed.startswith("trainer_patches: --rotation would do nothing with --optim adamw_torch")
+    assert printed.count("\n") == 1
+
+
 @pytest.mark.parametrize("flag", ["-h", "--help"])
 def test_help(monkeypatch, capsys, flag):
     monkeypatch.setattr(sys, "argv", ["trainer_patches", flag])

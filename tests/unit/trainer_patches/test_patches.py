@@ -7,11 +7,12 @@ import io
 
 import pytest
 import torch
-from transformers import HfArgumentParser, Trainer, TrainingArguments
+from transformers import HfArgumentParser, Seq2SeqTrainingArguments, Trainer, TrainingArguments
 from transformers.trainer_optimizer import _OPTIMIZER_HANDLERS, is_optimizer_factory
 from transformers.training_args import OptimizerNames
 
 import trainer_patches
+from hf_rotational import RotationalTrainingArguments
 from hf_rotational.optim.factory import OPTIMIZERS, RotationalOptimizerFactory
 from trainer_patches import patches
 
@@ -28,10 +29,19 @@ def unpatched():
     assert touched() == before
 
 
-def touched() -> tuple[dict[str, object], dict[str, object]]:
-    """Everything a patch could change: what the enum's class holds (its containers copied), and the handlers."""
-    enum = {key: copy.copy(v) if isinstance(v, list | dict) else v for key, v in vars(OptimizerNames).items()}
-    return enum, dict(_OPTIMIZER_HANDLERS)
+CLASSES = (OptimizerNames, TrainingArguments, Seq2SeqTrainingArguments, RotationalTrainingArguments, Trainer)
+
+
+def touched() -> tuple[dict[tuple[str, str], object], ...]:
+    """What a patch could change: all that the classes hold, copies of the containers among it, and the handlers."""
+    held = {
+        (cls.__name__, key): value
+        for cls in CLASSES
+        for key, value in vars(cls).items()
+        if key != "__slotnames__"  # left by pickle
+    }
+    copies = {key: copy.copy(value) for key, value in held.items() if isinstance(value, list | dict)}
+    return held, copies, {("handlers", key): value for key, value in _OPTIMIZER_HANDLERS.items()}
 
 
 def arguments(tmp_path, **kwargs) -> TrainingArguments:
@@ -53,15 +63,16 @@ def test_apply_is_idempotent():
 
 
 def test_revert_restores_everything():
-    enum, handlers = touched()
+    before = touched()
     trainer_patches.apply()
-    assert touched() != (enum, handlers)
+    patched = {name for (name, key), value in touched()[0].items() if before[0].get((name, key)) is not value}
+    assert patched == {"OptimizerNames", "TrainingArguments", "Seq2SeqTrainingArguments", "Trainer"}
     trainer_patches.revert()
-    restored_enum, restored_handlers = touched()
+    after = touched()
 
-    assert (restored_enum, restored_handlers) == (enum, handlers)
-    assert all(restored_enum[key] is v for key, v in enum.items() if not isinstance(v, list | dict))
-    assert all(restored_handlers[key] is v for key, v in handlers.items())
+    assert after == before
+    for now, then in ((after[0], before[0]), (after[2], before[2])):
+        assert [key for key, value in then.items() if now[key] is not value] == []
 
 
 def test_revert_without_apply_changes_nothing():
@@ -131,10 +142,8 @@ def test_the_trainer_gets_the_factory_and_its_arguments(tmp_path):
 
 
 def test_an_unknown_option_is_refused_with_the_valid_ones(tmp_path):
-    with trainer_patches.patched():
-        args = arguments(tmp_path, optim=NAME, optim_args="spin=fast")
-        with pytest.raises(ValueError, match=r"'spin'.*valid:.*rotation.*centering"):
-            Trainer.get_optimizer_cls_and_kwargs(args)
+    with trainer_patches.patched(), pytest.raises(ValueError, match=r"'spin'.*valid:.*rotation.*centering"):
+        arguments(tmp_path, optim=NAME, optim_args="spin=fast")
 
 
 def test_other_optimizers_are_untouched(tmp_path):

@@ -1,0 +1,172 @@
+"""What a Trainer does beside its own: functions of the trainer, of its own method, and of that method's arguments.
+
+:class:`~hf_rotational.RotationalTrainerMixin` calls them in its methods of the same names; ``trainer_patches`` puts
+them into ``transformers.Trainer`` itself, for runs that ask for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, cast
+
+from torch import nn
+from transformers import Trainer, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.utils import logging
+from transformers.utils.import_utils import is_sagemaker_mp_enabled
+
+from hf_rotational.monitor.callback import RotationMonitor
+from hf_rotational.optim.factory import OPTIMIZERS, optim_name
+from hf_rotational.standardize import is_standardized, standardize
+from hf_rotational.training.arguments import NO_STANDARDIZATION
+from hf_rotational.training.checkpoint import (
+    check_raw_weights,
+    check_resumable,
+    last_complete_checkpoint,
+    load_raw_weights,
+    load_weights,
+    save_raw_weights,
+    weight_files,
+)
+
+logger = logging.get_logger(f"transformers.{__name__}")
+
+
+def asked_for(args: TrainingArguments) -> bool:
+    """Whether training arguments name a rotational optimizer or weight standardization."""
+    return optim_name(args) in OPTIMIZERS or standardization(args) != NO_STANDARDIZATION
+
+
+def standardization(args: TrainingArguments) -> str:
+    """Value of ``weight_standardization``, which stock arguments do not have."""
+    return getattr(args, "weight_standardization", NO_STANDARDIZATION)
+
+
+def init(trainer: Trainer, original: Callable[..., None], *args: Any, **kwargs: Any) -> None:
+    """Attaches the monitors among the callbacks, or one of its own by ``args.rotation_logging_steps``."""
+    original(*args, **kwargs)
+    every = getattr(trainer.args, "rotation_logging_steps", 0)
+    monitors = [callback for callback in trainer.callback_handler.callbacks if isinstance(callback, RotationMonitor)]
+    for monitor in monitors or ([RotationMonitor(every)] if every else []):
+        monitor.attach(trainer)
+
+
+def train(
+    trainer: Trainer,
+    original: Callable[..., Any],
+    resume_from_checkpoint: str | bool | None = None,
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    """Where the latest checkpoint is to be resumed from, takes the latest that is complete."""
+    if resume_from_checkpoint is True and not is_sharded(trainer):
+        folder = Path(trainer.args.output_dir or ".")
+        resume_from_checkpoint = str(last_complete_checkpoint(folder, trainer.args.process_index))
+    return original(resume_from_checkpoint, *args, **kwargs)
+
+
+def inner_training_loop(trainer: Trainer, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Standardizes the model before the optimizer exists."""
+    standardize_model(trainer)
+    return original(*args, **kwargs)
+
+
+def run_epoch(trainer: Trainer, original: Callable[..., None], *args: Any, **kwargs: Any) -> None:
+    """Takes no step more where the checkpoint of a run's last step is resumed from; the Trainer would take one."""
+    if trainer.state.global_step >= trainer.state.max_steps:
+        trainer.control.should_training_stop = True
+    else:
+        original(*args, **kwargs)
+
+
+def save_model(
+    trainer: Trainer,
+    original: Callable[..., None],
+    output_dir: str | None = None,
+    _internal_call: bool = False,
+) -> None:
+    """Adds to checkpoints what resuming a standardized model needs. Weights are saved plain by the model itself."""
+    # That is how checkpoints are saved; nobody resumes from what users save.
+    checkpoint = Path(output_dir) if _internal_call and output_dir is not None else None
+    if checkpoint is not None and trainer.args.should_save:
+        # Written last, it says that a checkpoint is complete: what an earlier run left must not say so of this one.
+        (checkpoint / TRAINER_STATE_NAME).unlink(missing_ok=True)
+    original(output_dir, _internal_call)
+    if checkpoint is not None:
+        save_raw_weights(cast(nn.Module, trainer.model), checkpoint, trainer.args.should_save)
+
+
+def load_from_checkpoint(
+    trainer: Trainer,
+    original: Callable[..., None],
+    resume_from_checkpoint: str,
+    model: nn.Module | None = None,
+) -> None:
+    """Loads exactly what was saved, or refuses. Sharded models, adapters and other formats are left to the Trainer."""
+    standardize_model(trainer)
+    folder = Path(resume_from_checkpoint)
+    if not is_sharded(trainer):
+        check_resumable(folder, trainer.args.process_index)
+    _load(trainer, folder, lambda: original(resume_from_checkpoint, model))
+
+
+def load_best_model(trainer: Trainer, original: Callable[[], None]) -> None:
+    """The same for the best model at the end of training."""
+    best = trainer.state.best_model_checkpoint
+    if best is not None and Path(best).is_dir():
+        _load(trainer, Path(best), original)
+    else:
+        original()  # which says what to do about one that is on another machine
+
+
+def _load(trainer: Trainer, folder: Path, original: Callable[[], None]) -> None:
+    model = cast(nn.Module, trainer.model)
+    if is_sharded(trainer) or not weight_files(folder):
+        check_raw_weights(model, folder)
+        original()
+        load_raw_weights(model, folder)
+    else:
+        logger.info(f"Loading model from {folder}.")
+        load_weights(model, folder)
+
+
+METHODS: Mapping[str, Callable[..., Any]] = MappingProxyType(
+    {
+        "__init__": init,
+        "train": train,
+        "_inner_training_loop": inner_training_loop,
+        "_run_epoch": run_epoch,
+        "save_model": save_model,
+        "_load_from_checkpoint": load_from_checkpoint,
+        "_load_best_model": load_best_model,
+    }
+)
+"""Name of the Trainer's method to what is done instead."""
+
+
+def standardize_model(trainer: Trainer) -> None:
+    """Standardizes the model by ``args.weight_standardization``, unless it is.
+
+    Raises:
+        ValueError: if there is an optimizer already, which has the plain weights, or with DeepSpeed or FSDP1, which
+            take parameters apart.
+    """
+    mode, model = standardization(trainer.args), cast(nn.Module, trainer.model)
+    if mode == NO_STANDARDIZATION or is_standardized(model):
+        return
+    version = trainer.accelerator.state.fsdp_plugin.fsdp_version if trainer.is_fsdp_enabled else None
+    if trainer.is_deepspeed_enabled or version == 1:
+        raise ValueError(f"Invalid weight_standardization: {mode!r} with DeepSpeed or FSDP1 (use FSDP2 or DDP)")
+    if trainer.optimizer is not None:
+        raise ValueError(
+            f"Invalid weight_standardization: {mode!r} with an optimizer that was passed in, which holds the weights "
+            "as they were (name it in optim or optimizer_cls_and_kwargs, or standardize the model first)"
+        )
+    standardize(model, mode)
+
+
+def is_sharded(trainer: Trainer) -> bool:
+    """Whether the Trainer saves and loads the model in a way of its own."""
+    return trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled or is_sagemaker_mp_enabled()
