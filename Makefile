@@ -4,6 +4,8 @@ PYTHON      ?= python3
 VENV        ?= .venv
 # Extra arguments for pip, such as an index of CPU-only torch builds.
 PIP_ARGS    ?=
+# The versions to install.
+CONSTRAINTS ?= constraints.txt
 # Arguments for the demo.
 ARGS        ?=
 # Arguments for pytest, such as "-m slow" or "-k enums".
@@ -25,6 +27,7 @@ help: ## List the commands and their settings
 	@echo '    ARGS         arguments for the fine-tuning demo'
 	@echo '    PYTEST_ARGS  arguments for pytest ("-m slow" runs the convergence tests)'
 	@echo '    PYTHON       interpreter that creates the environment, 3.10 or newer   [$(PYTHON)]'
+	@echo '    CONSTRAINTS  versions to install; with constraints-lowest.txt give a VENV too    [$(CONSTRAINTS)]'
 	@echo '    VENV         where the environment lies                               [$(VENV)]'
 	@echo '    PIP_ARGS     extra arguments for pip, such as an index of CPU builds of torch'
 
@@ -48,7 +51,7 @@ clean: ## Remove the environment, caches and build outputs
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Rebuilt when the dependencies change; otherwise every target starts at once.
-$(READY): pyproject.toml constraints.txt
+$(READY): pyproject.toml $(CONSTRAINTS)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
 	  echo 'hf-rotational needs Python 3.10 or newer, and "$(PYTHON)" is not that. Name another: make PYTHON=python3.12 ...' >&2; \
 	  exit 1; }
@@ -57,5 +60,5 @@ $(READY): pyproject.toml constraints.txt
 	  exit 1; }
 	@echo 'Installing into $(VENV) (once; PyTorch is a large download)'
 	@$(PYTHON) -m venv $(VENV)
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -e ".[demo,test,lint]" -c constraints.txt
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -e ".[demo,test,lint]" -c $(CONSTRAINTS)
 	@touch $@

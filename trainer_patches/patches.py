@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
-from trainer_patches.compat import check_transformers
+from hf_rotational.compat import check_transformers
 from trainer_patches.enums import add_member, remove_member
 
 if TYPE_CHECKING:

@@ -24,7 +24,7 @@ def run_script(script: str, arguments: Sequence[str] = ()) -> None:
     if not os.path.isfile(script):
         raise UserError(f"no such script: {script}")
 
-    from trainer_patches.compat import UnsupportedTransformersError
+    from hf_rotational.compat import UnsupportedTransformersError
     from trainer_patches.patches import apply
 
     try:

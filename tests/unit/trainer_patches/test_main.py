@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import trainer_patches
-from trainer_patches import compat
+from hf_rotational import compat
 from trainer_patches.__main__ import USAGE, main
 
 
@@ -119,4 +119,4 @@ def test_an_unsupported_transformers(run, monkeypatch, capsys):
     with pytest.raises(SystemExit) as ending:
         run("raise AssertionError('must not run')")
     assert ending.value.code == 2
-    assert capsys.readouterr().err == ("trainer_patches: transformers>=5.3.0 is needed; 5.2.0 is installed\n")
+    assert capsys.readouterr().err == ("trainer_patches: transformers>=5.3.0,<6 is needed; 5.2.0 is installed\n")

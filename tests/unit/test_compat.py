@@ -1,4 +1,4 @@
-"""Refusing what cannot be patched."""
+"""Refusing releases of Transformers that do not fit."""
 
 from __future__ import annotations
 
@@ -7,25 +7,25 @@ from importlib.metadata import PackageNotFoundError
 import pytest
 import transformers.trainer_optimizer
 
-from trainer_patches import compat
-from trainer_patches.compat import UnsupportedTransformersError, check_transformers
+from hf_rotational import compat
+from hf_rotational.compat import UnsupportedTransformersError, check_transformers
 
 
 def test_the_installed_version_is_supported():
     check_transformers()
 
 
-@pytest.mark.parametrize("installed", ["5.3.0", "5.3.0.dev0", "5.10.1", "6.0.0rc1"])
+@pytest.mark.parametrize("installed", ["5.3.0", "5.3.0.dev0", "5.10.1", "5.99.0"])
 def test_supported_versions(monkeypatch, installed):
     monkeypatch.setattr(compat, "version", lambda name: installed)
     check_transformers()
 
 
-@pytest.mark.parametrize("installed", ["4.57.3", "5.2.0", "5.2.9.post1"])
-def test_old_versions_are_refused(monkeypatch, installed):
+@pytest.mark.parametrize("installed", ["4.57.3", "5.2.0", "5.2.9.post1", "6.0.0rc1", "6.1.0"])
+def test_other_versions_are_refused(monkeypatch, installed):
     monkeypatch.setattr(compat, "version", lambda name: installed)
     with pytest.raises(
-        UnsupportedTransformersError, match=rf"transformers>=5\.3\.0 is needed; {installed} is installed"
+        UnsupportedTransformersError, match=rf"transformers>=5\.3\.0,<6 is needed; {installed} is installed"
     ):
         check_transformers()
 
