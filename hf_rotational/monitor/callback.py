@@ -8,13 +8,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate.utils.deepspeed import DeepSpeedOptimizerWrapper  # type: ignore[import-untyped]
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.utils import logging
 
 from hf_rotational.monitor.advice import Adviser
+from hf_rotational.monitor.header import measured_group, run_header
 from hf_rotational.monitor.measure import NeuronStep, neuron_step
-from hf_rotational.monitor.records import FILE_NAME, VERSION, append_record, read_records, write_records
+from hf_rotational.monitor.records import FILE_NAME, append_record, read_records, write_records
 from hf_rotational.neurons import plan
 from hf_rotational.optim.gains import rotating_part
 from hf_rotational.optim.groups import neuron_span
@@ -95,14 +97,23 @@ class RotationMonitor(TrainerCallback):
         self.records = self._records_until(state.global_step, path)
         self._logged = len(self.records)
         if state.is_world_process_zero:
-            write_records(path, [self._header(args, state, model, optimizer), *self.records])
+            dataset = getattr(kwargs.get("train_dataloader"), "dataset", None)
+            header = run_header(args, state, model, optimizer, self._measured, self.every, dataset)
+            write_records(path, [header, *self.records])
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Copies the weights if this step is measured and DeepSpeed takes it: it does within the backward pass."""
+        if isinstance(kwargs.get("optimizer"), DeepSpeedOptimizerWrapper):
+            self._copy(state, kwargs["optimizer"])
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Copies the weights if this step is measured. ``global_step`` still counts the steps before this one."""
-        if state.global_step % self.every == 0:
-            self._before = [weight(entry.parameter, kwargs["optimizer"]).clone() for entry in self._measured]
+        """Copies the weights if this step is measured."""
+        if not isinstance(kwargs["optimizer"], DeepSpeedOptimizerWrapper):
+            self._copy(state, kwargs["optimizer"])
 
     @torch.no_grad()
     def on_optimizer_step(
@@ -143,6 +154,11 @@ class RotationMonitor(TrainerCallback):
                 # The Trainer has put a copy of the logs here, for trainer_state.json.
                 state.log_history[-1][name] = logs[name]
 
+    def _copy(self, state: TrainerState, optimizer: Any) -> None:
+        # global_step still counts the steps before this one.
+        if state.global_step % self.every == 0:
+            self._before = [weight(entry.parameter, optimizer).clone() for entry in self._measured]
+
     def _record(self, step: int, steps: dict[str, NeuronStep], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
         targets: dict[Tensor, float] = {}
         if isinstance(optimizer, RotationalOptimizer):
@@ -157,45 +173,11 @@ class RotationMonitor(TrainerCallback):
         neurons = sum(count for _, count in weighted)
         return {
             "step": step,
-            "learning_rate": float(self._group(optimizer)["lr"]),
+            "learning_rate": float(measured_group(optimizer, self._measured)["lr"]),
             **_over_all([step.angle for step in steps.values()]),
             "target": sum(aim * count for aim, count in weighted) / neurons if neurons else None,
             "layers": layers,
         }
-
-    def _header(
-        self, args: TrainingArguments, state: TrainerState, model: nn.Module, optimizer: torch.optim.Optimizer | None
-    ) -> dict[str, Any]:
-        group = self._group(optimizer) if optimizer else {}
-        plain = (str, int, float, bool, type(None))
-        settings = {name: value for name, value in group.items() if isinstance(value, plain)}
-        if "initial_lr" in settings:  # the schedule may begin at 0
-            settings["lr"] = settings.pop("initial_lr")
-        return {
-            "version": VERSION,
-            "model": type(model).__name__,
-            "optimizer": type(optimizer).__name__,
-            "optim": str(getattr(args.optim, "value", args.optim)),
-            "settings": {**settings, "betas": list(group["betas"])} if "betas" in group else settings,
-            "warmup_steps": args.get_warmup_steps(state.max_steps),
-            "max_steps": state.max_steps,
-            "every": self.every,
-            "parameters": {
-                entry.name: {
-                    "shape": list(entry.parameter.shape),
-                    "neuron_dims": [dim for dim in range(entry.parameter.ndim) if dim not in entry.dims],
-                    "dtype": str(entry.parameter.dtype).removeprefix("torch."),
-                }
-                for entry in self._measured
-            },
-        }
-
-    def _group(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-        """The group of the first parameter that is measured: others' learning rate and weight decay say little."""
-        for group in optimizer.param_groups:
-            if self._measured and any(parameter is self._measured[0].parameter for parameter in group["params"]):
-                return group
-        return optimizer.param_groups[0]
 
     def _records_until(self, step: int, path: Path) -> list[dict[str, Any]]:
         if not step or not path.is_file():

@@ -47,10 +47,10 @@ def require_matplotlib() -> None:
         raise ImportError("plots need matplotlib. Run: pip install 'hf-rotational[plots]'") from error
 
 
-def plot_runs(runs: Sequence[Run], file: Path) -> None:
+def plot_runs(runs: Sequence[Run], file: Path, colors: Sequence[str] = COLORS) -> None:
     """Draws training loss (left) and rotation per step against its target (right) of ``runs`` into the PNG ``file``."""
     figure, (left, right) = new_figure(11, 4.2, columns=2)
-    for run, color in zip(runs, cycle(COLORS), strict=False):
+    for run, color in zip(runs, cycle(colors), strict=False):
         draw_loss(left, run, color)
         draw_rotation(right, run, color)
     finish_loss(left)

@@ -32,8 +32,14 @@ class MonitoredRun:
         return not (self.run.rotation or self.run.losses or self.run.evaluations)
 
 
-def read_run(folder: Path, name: str) -> MonitoredRun:
-    """Reads what there is of a run: records, losses, or one of them, and says what is missing."""
+def read_run(folder: Path, name: str, history: Sequence[dict[str, Any]] | None = None) -> MonitoredRun:
+    """Reads what there is of a run: records, losses, or one of them, and says what is missing.
+
+    Args:
+        folder: its output directory.
+        name: what to call it.
+        history: the Trainer's log, ``state.log_history``; by default read from the directory.
+    """
     header: dict[str, Any] = {}
     steps: list[dict[str, Any]] = []
     problems = []
@@ -47,7 +53,7 @@ def read_run(folder: Path, name: str) -> MonitoredRun:
     losses: list[tuple[float, float]] = []
     evaluations: list[tuple[float, float]] = []
     try:
-        history = _history(folder)
+        history = log_history(folder) if history is None else history
         losses, evaluations = _curve(history, "loss"), _curve(history, "eval_loss")
     except (OSError, ValueError) as error:
         problems.append(str(error))
@@ -78,8 +84,13 @@ def unique_names(folders: Sequence[Path]) -> list[str]:
     return [str(folder) if names.count(name) > 1 else name for folder, name in zip(folders, names, strict=True)]
 
 
-def _history(folder: Path) -> list[dict[str, Any]]:
-    """The Trainer's log, from the end of the run or else from its last checkpoint."""
+def log_history(folder: Path) -> list[dict[str, Any]]:
+    """The Trainer's log, from the end of a run or else from its last checkpoint.
+
+    Raises:
+        FileNotFoundError: if there is neither.
+        ValueError: if it cannot be read.
+    """
     checkpoints = [
         (int(match[1]), path)
         for path in folder.glob(f"checkpoint-*/{LOSSES}")

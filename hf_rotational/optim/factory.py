@@ -15,6 +15,7 @@ from hf_rotational.neurons import plan
 from hf_rotational.optim.config import RotationalConfig, check_keys, parse_optim_args, parse_rotation, parse_settings
 from hf_rotational.optim.optimizer import RotationalOptimizer
 from hf_rotational.optim.optimizers import RotationalAdam, RotationalAdamW, RotationalLion, RotationalSGD
+from hf_rotational.optim.sharding import check_whole
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
@@ -66,7 +67,8 @@ class RotationalOptimizerFactory:
             **settings: fields of :class:`RotationalConfig` and hyperparameters of the optimizer (``momentum``).
 
         Raises:
-            ValueError: for an unknown optimizer or setting, or a value out of range.
+            ValueError: for an unknown optimizer or setting, a value out of range, or a model whose parameters were
+                flattened or cut up.
         """
         cls = optimizer_class(optim)
         own = hyperparameters(cls)
@@ -79,6 +81,7 @@ class RotationalOptimizerFactory:
                 f"weight_decay is 0, at which the equilibrium angle would be 0: the angle uses weight decay "
                 f"{angle_weight_decay} (angle_weight_decay); parameters that do not rotate are not decayed."
             )
+        check_whole(model.parameters())  # whatever else the plan would make of them
         rotation_plan = plan(model, **config.plan_options())
         if not rotation_plan.rotating:
             raise ValueError(f"No parameter of {type(model).__name__} rotates:\n{rotation_plan}")

@@ -10,6 +10,7 @@ from torch import Tensor
 from hf_rotational.optim.inner import Group, check_non_negative
 from hf_rotational.optim.precision import ROUNDINGS
 from hf_rotational.optim.rotation import reduced_dims
+from hf_rotational.optim.sharding import check_whole
 
 ROTATIONS = ("equilibrium", "match")
 CENTERINGS = ("none", "updates", "weights", "learned")
@@ -53,6 +54,7 @@ def check_group(group: Group) -> None:
         raise ValueError(
             f"rotation={group['rotation']} is an angle at the constructor's learning rate, which must not be 0: lr=0"
         )
+    check_whole(group["params"])
     for parameter in group["params"]:
         _check_parameter(parameter, group)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Callable, Iterator
+from itertools import zip_longest
 from typing import Any, ClassVar, overload
 
 import torch
@@ -13,7 +14,7 @@ from torch.optim.optimizer import ParamsT
 
 from hf_rotational.optim.groups import check_group, neuron_span, settings
 from hf_rotational.optim.inner import Group, Inner
-from hf_rotational.optim.sharding import Sums, complete, local, split_over
+from hf_rotational.optim.sharding import REMEDY, Sums, complete, is_sharded, local, split_over
 from hf_rotational.optim.state import check_state, take_tensors
 from hf_rotational.optim.step import Step, age
 
@@ -73,12 +74,12 @@ class RotationalOptimizer(torch.optim.Optimizer):
 
     inner: ClassVar[Inner]
     """Where directions come from."""
-    _matrices: list[int]
-    """How many of its parameters each group had with two or more dims when it was added."""
+    _shapes: list[list[torch.Size]]
+    """Of each group's matrices when it was added."""
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._matrices = [count_matrices(group) for group in self.param_groups]
+        self._shapes = [matrix_shapes(group) for group in self.param_groups]
 
     def __init__(
         self,
@@ -124,14 +125,14 @@ class RotationalOptimizer(torch.optim.Optimizer):
         """Adds a group, as ``torch.optim.Optimizer.add_param_group`` does, once its settings have been checked."""
         super().add_param_group(param_group)
         group = self.param_groups[-1]
-        vars(self).setdefault("_matrices", []).append(count_matrices(group))
+        vars(self).setdefault("_shapes", []).append(matrix_shapes(group))
         try:
             # Angles in radians are meant at this learning rate; group["lr"] is the scheduler's from its first moment.
             group.setdefault("peak_lr", float(group.get("initial_lr", group["lr"])))
             self._check(group)
         except Exception:
             self.param_groups.pop()
-            self._matrices.pop()
+            self._shapes.pop()
             raise
 
     @overload
@@ -141,19 +142,21 @@ class RotationalOptimizer(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """Performs one step.
+        """Performs one step. A first one on gradients that are all 0 does nothing.
 
         Args:
             closure: re-evaluates the model and returns the loss.
 
         Raises:
-            RuntimeError: for a sparse gradient, and for parameters that have been flattened.
+            RuntimeError: for a sparse gradient, and for parameters that have been flattened or cut up.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         self._check_whole()
+        if self._is_rehearsal():
+            return loss
         self._before_step()
         places = {parameter: place for place, (parameter, _) in enumerate(self._members())}
         complete(
@@ -189,7 +192,9 @@ class RotationalOptimizer(torch.optim.Optimizer):
             # torch has cast every tensor but "step" to the parameter's dtype: take them once more from the source.
             places = [place for group in source["param_groups"] for place in group["params"]]
             for place, (parameter, _group) in zip(places, self._members(), strict=True):
-                take_tensors(self.state[parameter], source["state"].get(place, {}), parameter)
+                # No state where there is none: under FSDP2 Accelerate loads an empty one, then replaces the parameters.
+                if place in source["state"]:
+                    take_tensors(self.state[parameter], source["state"][place], parameter)
 
         # Between the user's hooks: after those that may change the dict, before those that see the result.
         hooks = (
@@ -245,15 +250,27 @@ class RotationalOptimizer(torch.optim.Optimizer):
         self._measure_match_rms()
 
     def _check_whole(self) -> None:
-        """Refuses to take for vectors what were matrices: a plausible update, but not of their neurons."""
-        for group, matrices in zip(self.param_groups, self._matrices, strict=True):
-            left = count_matrices(group)
-            if left < matrices:
+        """Refuses to take pieces for what they are of: a plausible update, but not of their neurons."""
+        for group, shapes in zip(self.param_groups, self._shapes, strict=True):
+            left = matrix_shapes(group)
+            if left[: len(shapes)] != shapes:
+                changed = [before for before, now in zip_longest(shapes, left) if before != now]
                 raise RuntimeError(
-                    f"A parameter group of {matrices} matrices has come to hold {left}: they were flattened or cut up, "
-                    "as DeepSpeed ZeRO and FSDP version 1 do, and neurons cannot be told in the pieces. Use DDP or "
-                    "FSDP version 2 (accelerate: fsdp_version: 2), whose shards keep their shape"
+                    f"{len(changed)} matrices of a parameter group, the first of shape {tuple(changed[0])}, have lost "
+                    "the shape they were added with: they were flattened or cut up, as DeepSpeed does (ZeRO, AutoTP), "
+                    f"and neurons cannot be told in the pieces. {REMEDY}"
                 )
+
+    def _is_rehearsal(self) -> bool:
+        """Whether this is no step of training but one that is to make state: DeepSpeed takes it, and it would count."""
+        return not any(self.state.values()) and all(
+            float(group["lr"]) != 0  # torch.distributed.checkpoint takes one at 0, and needs the state
+            and not is_sharded(parameter)  # ranks would have to agree
+            and parameter.grad is not None
+            and not parameter.grad.is_sparse
+            and not parameter.grad.any()
+            for parameter, group in self._members()
+        )
 
     def _members(self) -> Iterator[tuple[Tensor, Group]]:
         return ((parameter, group) for group in self.param_groups for parameter in group["params"])
@@ -306,9 +323,9 @@ class RotationalOptimizer(torch.optim.Optimizer):
         self.inner.check(group)
 
 
-def count_matrices(group: Group) -> int:
-    """How many of a group's parameters have the two dims it takes to rotate."""
-    return sum(parameter.ndim >= 2 for parameter in group["params"])
+def matrix_shapes(group: Group) -> list[torch.Size]:
+    """Shapes of a group's parameters that have the two dims it takes to rotate."""
+    return [parameter.shape for parameter in group["params"] if parameter.ndim >= 2]
 
 
 def multi_tensor(parameter: Tensor, group: Group) -> bool:

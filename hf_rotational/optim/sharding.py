@@ -22,6 +22,25 @@ T = TypeVar("T")
 Sums = Generator[Tensor, Tensor, T]
 """Yields sums over the entries on this rank, is sent those over all ranks, and returns ``T``."""
 
+PIECES = {
+    "_fsdp_flattened": "FSDP version 1",
+    "ds_shape": "DeepSpeed ZeRO-3",
+    "tensor_model_parallel": "tensor parallelism without DTensors (DeepSpeed AutoTP, Megatron)",
+}
+"""Marks of parameters that hold an unknown part of a tensor, or of several: attribute to who has made them so."""
+REMEDY = "Use DDP or FSDP version 2 (accelerate: fsdp_version: 2), whose shards keep their shape"
+
+
+def check_whole(parameters: Iterable[Tensor]) -> None:
+    """Raises ``ValueError`` for parameters that were flattened or cut up, so that neurons cannot be told in them."""
+    for parameter in parameters:
+        for mark, by in PIECES.items():
+            if getattr(parameter, mark, None):
+                raise ValueError(
+                    f"Invalid parameter of shape {tuple(parameter.shape)}: {by} has made it, and neurons cannot be "
+                    f"told in it. {REMEDY}"
+                )
+
 
 def stacked(tensors: list[Tensor]) -> Tensor:
     """Tensors of one shape as one, along a new first dim; a single one is not copied."""

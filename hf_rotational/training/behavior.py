@@ -17,6 +17,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils import logging
 from transformers.utils.import_utils import is_sagemaker_mp_enabled
 
+from hf_rotational.hub import trainer as hub
 from hf_rotational.monitor.callback import RotationMonitor
 from hf_rotational.optim.factory import OPTIMIZERS, optim_name
 from hf_rotational.standardize import is_standardized, standardize
@@ -30,6 +31,7 @@ from hf_rotational.training.checkpoint import (
     save_raw_weights,
     weight_files,
 )
+from hf_rotational.training.distributed import check_deepspeed
 
 logger = logging.get_logger(f"transformers.{__name__}")
 
@@ -68,8 +70,10 @@ def train(
 
 
 def inner_training_loop(trainer: Trainer, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Standardizes the model before the optimizer exists."""
+    """Standardizes the model before the optimizer exists; from now on, model cards say how it was trained."""
+    check_deepspeed(trainer)
     standardize_model(trainer)
+    hub.complete_cards(trainer)
     return original(*args, **kwargs)
 
 
@@ -141,6 +145,9 @@ METHODS: Mapping[str, Callable[..., Any]] = MappingProxyType(
         "save_model": save_model,
         "_load_from_checkpoint": load_from_checkpoint,
         "_load_best_model": load_best_model,
+        "init_hf_repo": hub.init_hf_repo,
+        "push_to_hub": hub.push_to_hub,
+        "_push_from_checkpoint": hub.push_from_checkpoint,
     }
 )
 """Name of the Trainer's method to what is done instead."""

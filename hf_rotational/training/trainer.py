@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from transformers import Seq2SeqTrainer, Trainer, TrainingArguments
 
+from hf_rotational.hub import trainer as hub
 from hf_rotational.optim.factory import OPTIMIZERS, RotationalOptimizerFactory, factory_kwargs, optim_name
 from hf_rotational.training import behavior
 from hf_rotational.training.arguments import RotationalTrainingArguments
@@ -63,6 +64,17 @@ class RotationalTrainerMixin(_Base):
 
     def _load_best_model(self) -> None:
         behavior.load_best_model(self, super()._load_best_model)
+
+    def init_hf_repo(self, *args: Any, **kwargs: Any) -> None:
+        """Opens the repository on the Hub; raises ``UserError`` where there is none to be had."""
+        hub.init_hf_repo(self, super().init_hf_repo, *args, **kwargs)
+
+    def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
+        """Uploads model, tokenizer, arguments, records and card: no tokens, and no paths of this machine."""
+        return hub.push_to_hub(self, super().push_to_hub, *args, **kwargs)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        hub.push_from_checkpoint(self, super()._push_from_checkpoint, checkpoint_folder)
 
     def _rotational_optim(self) -> str | None:
         optim = optim_name(self.args)

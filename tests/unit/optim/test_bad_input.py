@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from hf_rotational import RotationalAdamW
+from hf_rotational import RotationalAdamW, RotationalOptimizerFactory
+from hf_rotational.optim.sharding import PIECES
 
 
 @pytest.mark.parametrize(
@@ -76,13 +77,24 @@ def test_refused_group_is_not_added() -> None:
     assert len(optimizer.param_groups) == 1
 
 
-def test_matrices_flattened_behind_its_back() -> None:
+@pytest.mark.parametrize("shape", [(12,), (3, 2), (0,)], ids=["flattened", "cut up", "emptied"])
+def test_matrices_taken_apart_behind_its_back(shape: tuple[int, ...]) -> None:
     matrix, bias = nn.Parameter(torch.ones(3, 4)), nn.Parameter(torch.ones(4))
     optimizer = RotationalAdamW([{"params": [matrix]}, {"params": [bias]}])
-    # DeepSpeed puts one flat tensor in the place of a group's parameters.
-    flat = nn.Parameter(matrix.detach().flatten())
-    flat.grad = torch.ones(12)
-    optimizer.param_groups[0]["params"] = [flat]
-    with pytest.raises(RuntimeError, match=r"group of 1 matrices has come to hold 0: .*FSDP version 2"):
+    # DeepSpeed puts other tensors in the place of a group's parameters, or other contents into them.
+    matrix.data = torch.ones(shape)
+    matrix.grad = torch.ones(shape)
+    with pytest.raises(RuntimeError, match=r"the first of shape \(3, 4\), have lost .*FSDP version 2"):
         optimizer.step()
-    assert torch.equal(flat, torch.ones(12))
+    assert torch.equal(matrix, torch.ones(shape))
+
+
+@pytest.mark.parametrize("mark", PIECES)
+def test_parts_of_unknown_tensors(mark: str) -> None:
+    model = nn.Linear(3, 4)
+    setattr(model.weight, mark, torch.Size([8, 3]) if mark == "ds_shape" else True)
+    message = re.escape(f"of shape (4, 3): {PIECES[mark]}") + ".*FSDP version 2"
+    with pytest.raises(ValueError, match=message):
+        RotationalAdamW(model.parameters())
+    with pytest.raises(ValueError, match=message):
+        RotationalOptimizerFactory()(model, lr=1e-3)
