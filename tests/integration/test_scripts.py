@@ -52,6 +52,7 @@ class Workspace:
             "train_file": "train.txt",  # relative to the working directory, as users write it
             "validation_file": "validation.txt",
             "preprocessing_num_workers": 2,
+            "dataloader_num_workers": 1,
             "output_dir": output,
             "do_train": True,
             "do_eval": True,
