@@ -9,15 +9,12 @@ import json
 import shutil
 import sys
 from collections.abc import Callable
-from concurrent.futures import Future
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import transformers.trainer
-from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainerCallback, TrainingArguments
@@ -168,37 +165,6 @@ def test_what_is_saved_is_plain(finished: dict[str, Path], run: str) -> None:
     assert (checkpoint(folder) / RAW_WEIGHTS_NAME).is_file() == (run == "standardized")
     assert not list(folder.glob("_*"))
     assert not list(checkpoint(folder).glob("*.unfinished"))
-
-
-class Hub:
-    """Stands in for the Hub's client; what it would have uploaded is in ``uploads``."""
-
-    def __init__(self) -> None:
-        self.uploads: list[set[str]] = []
-
-    def create_repo(self, name: str, **_: Any) -> Any:
-        return type("Repo", (), {"repo_id": f"user/{name}"})()
-
-    def upload_folder(self, folder_path: str, ignore_patterns: list[str] | None = None, **_: Any) -> Future[None]:
-        files = [str(path.relative_to(folder_path)) for path in Path(folder_path).rglob("*") if path.is_file()]
-        self.uploads.append(set(filter_repo_objects(files, ignore_patterns=ignore_patterns)))
-        done: Future[None] = Future()
-        done.set_result(None)
-        return done
-
-
-def test_pushed_while_training_are_plain_weights_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    hub = Hub()
-    monkeypatch.setattr(transformers.trainer, "hf_api", lambda: hub, raising=False)
-    monkeypatch.setattr(transformers.trainer, "create_repo", hub.create_repo, raising=False)  # before 5.10
-    monkeypatch.setattr(transformers.trainer, "upload_folder", hub.upload_folder, raising=False)
-    trained = trainer(tmp_path, **STANDARDIZED, push_to_hub=True, hub_strategy="every_save")
-    trained.train()
-    assert len(hub.uploads) == STEPS // SAVED
-    for upload in hub.uploads:
-        assert {"model.safetensors", "config.json"} <= upload
-        assert not any("rotational_weights" in name for name in upload)
-    assert load_file(tmp_path / "model.safetensors").keys() == set(make("gpt2").state_dict()) - {"lm_head.weight"}
 
 
 def edited(change: Callable[[dict[str, Tensor]], Any], name: str = "model.safetensors") -> Callable[[Path], None]:
