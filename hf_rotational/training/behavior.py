@@ -7,6 +7,7 @@ them into ``transformers.Trainer`` itself, for runs that ask for it.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, cast
@@ -20,7 +21,7 @@ from transformers.utils.import_utils import is_sagemaker_mp_enabled
 from hf_rotational.hub import trainer as hub
 from hf_rotational.monitor.callback import RotationMonitor
 from hf_rotational.optim.factory import OPTIMIZERS, optim_name
-from hf_rotational.standardize import is_standardized, standardize
+from hf_rotational.standardize import is_standardized, raw_state_dicts, standardize
 from hf_rotational.training.arguments import NO_STANDARDIZATION
 from hf_rotational.training.checkpoint import (
     check_raw_weights,
@@ -102,6 +103,12 @@ def save_model(
         save_raw_weights(cast(nn.Module, trainer.model), checkpoint, trainer.args.should_save)
 
 
+def save_optimizer_and_scheduler(trainer: Trainer, original: Callable[[str], None], output_dir: str) -> None:
+    """Saves with them what FSDP resumes a model from, beside the plain weights of the checkpoint."""
+    with _fsdp_names(trainer):
+        original(output_dir)
+
+
 def load_from_checkpoint(
     trainer: Trainer,
     original: Callable[..., None],
@@ -129,11 +136,19 @@ def _load(trainer: Trainer, folder: Path, original: Callable[[], None]) -> None:
     model = cast(nn.Module, trainer.model)
     if is_sharded(trainer) or not weight_files(folder):
         check_raw_weights(model, folder)
-        original()
+        with _fsdp_names(trainer):
+            original()
         load_raw_weights(model, folder)
     else:
         logger.info(f"Loading model from {folder}.")
         load_weights(model, folder)
+
+
+def _fsdp_names(trainer: Trainer) -> AbstractContextManager[None]:
+    """Where FSDP's own files have the names it looks for: whole state dicts are loaded by those of the parameters."""
+    plugin = trainer.accelerator.state.fsdp_plugin if trainer.is_fsdp_enabled else None
+    full = plugin is not None and getattr(plugin.state_dict_type, "name", "") == "FULL_STATE_DICT"
+    return raw_state_dicts() if full else nullcontext()
 
 
 METHODS: Mapping[str, Callable[..., Any]] = MappingProxyType(
@@ -143,6 +158,7 @@ METHODS: Mapping[str, Callable[..., Any]] = MappingProxyType(
         "_inner_training_loop": inner_training_loop,
         "_run_epoch": run_epoch,
         "save_model": save_model,
+        "_save_optimizer_and_scheduler": save_optimizer_and_scheduler,
         "_load_from_checkpoint": load_from_checkpoint,
         "_load_best_model": load_best_model,
         "init_hf_repo": hub.init_hf_repo,

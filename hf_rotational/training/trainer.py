@@ -53,6 +53,9 @@ class RotationalTrainerMixin(_Base):
         """Saves a plain model; in checkpoints, what resuming a standardized one takes is put beside it."""
         behavior.save_model(self, super().save_model, output_dir, _internal_call)
 
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        behavior.save_optimizer_and_scheduler(self, super()._save_optimizer_and_scheduler, output_dir)
+
     def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
         return behavior.inner_training_loop(self, super()._inner_training_loop, *args, **kwargs)
 

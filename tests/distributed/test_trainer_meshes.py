@@ -33,10 +33,22 @@ from tests.distributed.ranks import launch
 
 STEPS, BATCH, WORDS = 6, 8, 40
 STATE_DICTS = ("FULL_STATE_DICT", "SHARDED_STATE_DICT")
+FULLY_SHARDED = [f"{kind}{how}" for kind in STATE_DICTS for how in ("", ", standardized")]
 PARALLEL: dict[str, dict[str, Any]] = {
     "llama on tensor parallel ranks": {"tp_size": 2},
     "mixtral on tensor parallel ranks": {"tp_size": 2},
     "mixtral on expert parallel ranks": {"tp_size": 2, "ep_size": 2},
+}
+ROTATIONAL: dict[str, Any] = {
+    "rotation_gains": "learned",
+    "rotation_centering": "updates",
+    "rotation_logging_steps": 2,
+}
+# Adam would turn the rounding of gradients that are 0, as those of means behind a new LayerNorm, into whole steps.
+STANDARDIZED: dict[str, Any] = {
+    "optim": "sgd",
+    "optim_args": "momentum=0.9",
+    "weight_standardization": "function_preserving",
 }
 SMALL: dict[str, Any] = {
     "hidden_size": 16,
@@ -62,13 +74,12 @@ def model(name: str) -> PreTrainedModel:
     return trained.double()
 
 
-def arguments(folder: Path, batch: int, **settings: Any) -> RotationalTrainingArguments:
+def arguments(folder: Path, batch: int, standardized: bool = False, **settings: Any) -> RotationalTrainingArguments:
+    own = STANDARDIZED if standardized else ROTATIONAL
     return RotationalTrainingArguments(
         output_dir=str(folder),
         learning_rate=1e-2,
-        rotation_gains="learned",
-        rotation_centering="updates",
-        rotation_logging_steps=2,
+        **own,
         per_device_train_batch_size=batch,
         max_steps=STEPS,
         save_steps=STEPS // 2,
@@ -93,9 +104,11 @@ def pretend_gpus(args: RotationalTrainingArguments) -> None:
     PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
 
 
-def train_fully_sharded(folder: Path, state_dict: str, resume: str | None = None) -> list[Tensor]:
-    settings = {"state_dict_type": state_dict, "version": 2, "transformer_layer_cls_to_wrap": "GPT2Block"}
-    args = arguments(folder / state_dict, BATCH // dist.get_world_size(), fsdp="full_shard", fsdp_config=settings)
+def train_fully_sharded(folder: Path, case: str, resume: str | None = None) -> list[Tensor]:
+    kind, *how = case.split(", ")
+    config = {"state_dict_type": kind, "version": 2, "transformer_layer_cls_to_wrap": "GPT2Block"}
+    batch = BATCH // dist.get_world_size()
+    args = arguments(folder / case, batch, standardized=bool(how), fsdp="full_shard", fsdp_config=config)
     pretend_gpus(args)
     trainer = train(model("gpt2"), args, resume)
     assert all(isinstance(parameter, DTensor) for parameter in trainer.model.parameters())
@@ -146,9 +159,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @cache
-def expected(name: str, folder: Path) -> list[Tensor]:
+def expected(name: str, folder: Path, standardized: bool = False) -> list[Tensor]:
     """What one process arrives at."""
-    return whole(train(model(name), arguments(folder, BATCH, save_strategy="no")).model)
+    return whole(train(model(name), arguments(folder, BATCH, standardized, save_strategy="no")).model)
 
 
 def close(found: list[Tensor], wanted: list[Tensor]) -> None:
@@ -157,12 +170,12 @@ def close(found: list[Tensor], wanted: list[Tensor]) -> None:
 
 
 @pytest.mark.parametrize("outcome", ["trained on 2", "resumed on 2", "resumed on 4"])
-@pytest.mark.parametrize("state_dict", STATE_DICTS)
+@pytest.mark.parametrize("case", FULLY_SHARDED)
 def test_fully_sharded_training_equals_one_process(
-    folder: Path, tmp_path_factory: pytest.TempPathFactory, state_dict: str, outcome: str
+    folder: Path, tmp_path_factory: pytest.TempPathFactory, case: str, outcome: str
 ) -> None:
-    found = torch.load(folder / f"{state_dict} {outcome}.pt")
-    close(found, expected("gpt2", tmp_path_factory.getbasetemp() / "alone"))
+    found = torch.load(folder / f"{case} {outcome}.pt")
+    close(found, expected("gpt2", tmp_path_factory.getbasetemp() / "alone", standardized="standardized" in case))
 
 
 @pytest.mark.skipif(not has_distributed_config(), reason="this transformers does not parallelize experts itself")
@@ -177,9 +190,9 @@ if __name__ == "__main__":
     if task == "train" and has_distributed_config():  # first: Accelerate leaves it in the environment that it has FSDP
         for case in PARALLEL:
             put(output, case, train_parallel(output, case))
-    for kind in STATE_DICTS:
+    for case in FULLY_SHARDED:
         if task == "train":
-            put(output, f"{kind} trained on 2", train_fully_sharded(output, kind))
-        saved = str(output / kind / f"checkpoint-{STEPS // 2}")
-        put(output, f"{kind} resumed on {dist.get_world_size()}", train_fully_sharded(output, kind, saved))
+            put(output, f"{case} trained on 2", train_fully_sharded(output, case))
+        saved = str(output / case / f"checkpoint-{STEPS // 2}")
+        put(output, f"{case} resumed on {dist.get_world_size()}", train_fully_sharded(output, case, saved))
     dist.destroy_process_group()

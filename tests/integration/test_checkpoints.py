@@ -15,6 +15,8 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
+from packaging import version
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainerCallback, TrainingArguments
@@ -322,6 +324,10 @@ def train_in_two_processes(folder: str) -> None:
     torch.distributed.destroy_process_group()
 
 
+@pytest.mark.skipif(
+    version.parse(transformers.__version__) < version.parse("5.18"),
+    reason="before 5.18 transformers resumes no run of several processes on CPUs, with any optimizer",
+)
 def test_in_two_processes_too(tmp_path: Path) -> None:
     printed = launch(__file__, 2, str(tmp_path))
     for name in ("mixtral", "vit"):
