@@ -8,7 +8,7 @@ tables are of the seeds after it.
    of a layer irrelevant, not that of its single neurons, and nothing normalizes what the readout computes.
 2. A GPT-2 with 4 layers and tied embeddings, which rotate or not, with norms that are held or learned.
 
-    python examples/paper/weight_standardization.py   # about MINUTES minutes on 2 cores
+    python examples/paper/weight_standardization.py   # about half an hour on 2 cores
 
 prints two tables, writes benchmarks/results/weight_standardization.json and draws
 docs/figures/weight_standardization.png. ``--scale 0.02 --seeds 1`` takes a minute and says nothing.
