@@ -18,7 +18,7 @@ BIN   := $(VENV)/bin
 READY := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help finetune test lint format clean
+.PHONY: help finetune test lint docs format clean
 
 help: ## List the commands and their settings
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -42,6 +42,9 @@ lint: $(READY) ## Check style, formatting and types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+docs: $(READY) ## Build the documentation into build/site; broken links are errors
+	$(BIN)/mkdocs build --strict
+
 format: $(READY) ## Rewrite the code the way lint wants it
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
@@ -60,5 +63,5 @@ $(READY): pyproject.toml $(CONSTRAINTS)
 	  exit 1; }
 	@echo 'Installing into $(VENV) (once; PyTorch is a large download)'
 	@$(PYTHON) -m venv $(VENV)
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -e ".[demo,test,lint]" -c $(CONSTRAINTS)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -e ".[demo,test,lint,docs]" -c $(CONSTRAINTS)
 	@touch $@
