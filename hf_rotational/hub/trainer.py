@@ -59,8 +59,9 @@ def push_to_hub(
     trainer.save_model(_internal_call=True)
     trainer.save_state()  # so that the command can push it as well
     if trainer.hub_model_id is None:
-        given: dict[str, Any] = {"token": token, "private": private}
-        trainer.init_hf_repo(**{name: value for name, value in given.items() if value is not None})
+        if private is not None:
+            args.hub_private_repo = private  # not every version of the method takes it
+        trainer.init_hf_repo(token=token)
     if not trainer.is_world_process_zero():
         return None
     tags = kwargs.pop("tags", None) or []

@@ -75,7 +75,10 @@ class RotationalTrainingArguments(TrainingArguments):
     )
     rotation_rounding: str = field(
         default=_DEFAULT.rounding,
-        metadata={"help": "Rounding of 16-bit parameters: 'nearest', 'kahan' or 'stochastic'."},
+        metadata={
+            "help": "Rounding of 16-bit parameters: 'nearest', 'kahan' or 'stochastic'; 'auto' is kahan where weights of "
+            "16 bits train."
+        },
     )
     rotation_transient_correction: bool = field(
         default=_DEFAULT.transient_correction,

@@ -20,6 +20,7 @@ from transformers.utils.import_utils import is_sagemaker_mp_enabled
 
 from hf_rotational.hub import trainer as hub
 from hf_rotational.monitor.callback import RotationMonitor
+from hf_rotational.monitor.records import FILE_NAME as RECORDS
 from hf_rotational.optim.factory import OPTIMIZERS, optim_name
 from hf_rotational.standardize import is_standardized, raw_state_dicts, standardize
 from hf_rotational.training.arguments import NO_STANDARDIZATION
@@ -51,9 +52,13 @@ def init(trainer: Trainer, original: Callable[..., None], *args: Any, **kwargs: 
     """Attaches the monitors among the callbacks, or one of its own by ``args.rotation_logging_steps``."""
     original(*args, **kwargs)
     every = getattr(trainer.args, "rotation_logging_steps", 0)
-    monitors = [callback for callback in trainer.callback_handler.callbacks if isinstance(callback, RotationMonitor)]
-    for monitor in monitors or ([RotationMonitor(every)] if every else []):
+    for monitor in monitors(trainer) or ([RotationMonitor(every)] if every else []):
         monitor.attach(trainer)
+
+
+def monitors(trainer: Trainer) -> list[RotationMonitor]:
+    """Those among the trainer's callbacks."""
+    return [callback for callback in trainer.callback_handler.callbacks if isinstance(callback, RotationMonitor)]
 
 
 def train(
@@ -75,6 +80,9 @@ def inner_training_loop(trainer: Trainer, original: Callable[..., Any], *args: A
     check_deepspeed(trainer)
     standardize_model(trainer)
     hub.complete_cards(trainer)
+    if not (kwargs.get("resume_from_checkpoint") or monitors(trainer)) and trainer.is_world_process_zero():
+        # Reports and model cards would take for this run's what an earlier one has measured.
+        Path(trainer.args.output_dir or ".", RECORDS).unlink(missing_ok=True)
     return original(*args, **kwargs)
 
 

@@ -182,6 +182,20 @@ def test_without_a_monitor_the_card_says_what_the_optimizer_knows(hub: Hub, tmp_
     assert "| target angle | 0.002 rad per step |" in text
 
 
+@pytest.mark.parametrize("cls", [RotationalTrainer, Trainer])
+@pytest.mark.usefixtures("patched")
+def test_what_an_earlier_run_measured_is_not_published(hub: Hub, tmp_path: Path, cls: type[Trainer]) -> None:
+    trainer(tmp_path, cls).train()
+    resumed = trainer(tmp_path, cls, rotation_logging_steps=0, hub_model_id="alice/resumed")
+    resumed.train(resume_from_checkpoint=True)
+    resumed.push_to_hub()
+    assert set(hub.repositories["alice/resumed"].files) == MODEL  # the same run
+    anew = trainer(tmp_path, cls, rotation_logging_steps=0, hub_model_id="alice/anew")
+    anew.train()
+    anew.push_to_hub()
+    assert set(hub.repositories["alice/anew"].files) == MODEL - {"rotation.jsonl"}
+
+
 def test_a_run_that_does_not_rotate_is_not_said_to(hub: Hub, tmp_path: Path) -> None:
     trained(tmp_path / "out", hub_strategy="end", optim="adamw_torch").push_to_hub()
     card = card_of(hub)
