@@ -5,8 +5,8 @@
 Whole steps (forward, backward, AdamW) in float32 on one thread, of models with the shapes of MiniLM and of GPT-2 that
 differ in nothing else. They take turns in one process, and the ratio of the medians of their processor time is what
 counts, so that what else the machine does hits all alike. Prints a table and writes
-benchmarks/results/standardization_cost.json; about 15 minutes. Exits with status 1 if a mode costs more than 3 % of a
-step on one of the larger batches. The cost does not depend on the batch, and a step on few tokens is over sooner.
+benchmarks/results/standardization_cost.json; about half an hour. Exits with status 1 if a mode costs more than 3 % of a
+step of 4,096 tokens. The cost does not depend on the batch, and a step on few tokens is over sooner.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from hf_rotational import standardize
 from hf_rotational.standardize.parametrization import EPS, MODES, Standardization
 
 RESULTS = Path(__file__).parent / "results" / "standardization_cost.json"
-ROUNDS, LIMIT = 15, 0.03
+ROUNDS, LIMIT = 9, 0.03
 
 
 class WrittenOut(Standardization):
@@ -75,10 +75,11 @@ def rows_of_tokens(rows: int, length: int) -> Tensor:
 
 LARGE: dict[str, tuple[Callable[[], nn.Module], Tensor]] = {
     "MiniLM, 32 x 128 tokens": (minilm, rows_of_tokens(32, 128)),
-    "GPT-2, 1 x 1024 tokens": (gpt2, rows_of_tokens(1, 1024)),
+    "GPT-2, 4 x 1024 tokens": (gpt2, rows_of_tokens(4, 1024)),
 }
 SMALL: dict[str, tuple[Callable[[], nn.Module], Tensor]] = {
     "MiniLM, 16 x 64 tokens": (minilm, rows_of_tokens(16, 64)),
+    "GPT-2, 1 x 1024 tokens": (gpt2, rows_of_tokens(1, 1024)),
     "GPT-2, 1 x 128 tokens": (gpt2, rows_of_tokens(1, 128)),
 }
 BATCHES = LARGE | SMALL
