@@ -18,7 +18,7 @@ BIN   := $(VENV)/bin
 READY := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help finetune test lint docs format clean
+.PHONY: help finetune test bench lint docs format clean
 
 help: ## List the commands and their settings
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -36,6 +36,9 @@ finetune: $(READY) ## Fine-tune a small model with AdamW and with RotationalAdam
 
 test: $(READY) ## Run the tests (all but those marked slow)
 	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadscope $(PYTEST_ARGS)
+
+bench: $(READY) ## Time a step of every optimizer, and write benchmarks/results/optimizer_speed.json
+	$(BIN)/python -m benchmarks.optimizer_speed
 
 lint: $(READY) ## Check style, formatting and types
 	$(BIN)/ruff check .

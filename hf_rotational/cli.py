@@ -8,12 +8,12 @@ from collections.abc import Sequence
 from transformers import HfArgumentParser
 
 from hf_rotational import __version__, demo
-from hf_rotational.commands import plan, predict, push, report, run
+from hf_rotational.commands import env, plan, predict, push, report, run
 from hf_rotational.errors import UserError
 
 # Each adds one command to what `ArgumentParser.add_subparsers` returned, and sets `run` to what carries it out: a
 # function of the parsed arguments. What a command needs is imported only when it runs, so that --help is quick.
-COMMANDS = (demo.register, plan.register, predict.register, push.register, report.register, run.register)
+COMMANDS = (demo.register, env.register, plan.register, predict.register, push.register, report.register, run.register)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -42,7 +42,7 @@ PLAIN: Mapping[str, Builder] = {
 
 each_name = pytest.mark.parametrize("name", ROTATIONAL)
 each_optimizer = pytest.mark.parametrize("build", ROTATIONAL.values(), ids=ROTATIONAL)
-each_backend = pytest.mark.parametrize("backend", ["eager", "foreach"])
+each_backend = pytest.mark.parametrize("backend", ["fused", "eager", "foreach"])
 
 exactly_equal = partial(torch.testing.assert_close, rtol=0.0, atol=0.0, equal_nan=True)
 """Asserts that numbers, tensors, or collections of them are the same, bit for bit."""

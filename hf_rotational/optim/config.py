@@ -44,7 +44,7 @@ class RotationalConfig:
     gain_weight_decay: float = 0.0
     """Weight decay of learned gains and means."""
     backend: str = "auto"
-    """``"auto"``, ``"eager"`` or ``"foreach"``."""
+    """``"auto"``, ``"fused"``, ``"eager"`` or ``"foreach"``."""
     include: tuple[str, ...] = ()
     """Regular expressions of parameter names that rotate though the plan would leave them out."""
     exclude: tuple[str, ...] = ()

@@ -14,11 +14,14 @@ from torch.optim.optimizer import ParamsT
 
 from hf_rotational.optim.groups import check_group, neuron_span, settings
 from hf_rotational.optim.inner import Group, Inner
+from hf_rotational.optim.kernels import cuda
+from hf_rotational.optim.kernels.build import unavailable
+from hf_rotational.optim.kernels.cpu import FusedStep
 from hf_rotational.optim.sharding import REMEDY, Sums, complete, is_sharded, local, split_over
 from hf_rotational.optim.state import check_state, take_tensors
 from hf_rotational.optim.step import Step, age
 
-BACKENDS = ("auto", "eager", "foreach")
+BACKENDS = ("auto", "fused", "eager", "foreach")
 
 
 class RotationalOptimizer(torch.optim.Optimizer):
@@ -64,21 +67,29 @@ class RotationalOptimizer(torch.optim.Optimizer):
         transient_correction: divide each update's size by what it is expected to be so early in a run. The algorithm
             as published is off target there (AdamW 0.67 times at step 10, SGD with momentum 1.17 times at step 3). For
             independent gradients; for Adam, whose second moment sees the weights too, approximately.
-        backend: ``"eager"`` works tensor by tensor, with little memory; ``"foreach"`` on all tensors of a shape at
-            once, with few kernel launches; ``"auto"`` takes foreach on accelerators.
+        backend: ``"fused"`` steps float32 weights on a CPU in one pass over memory, by a kernel that the system's C
+            compiler builds at the first step, weights on CUDA devices by a Triton kernel, and what these cannot step
+            as ``"auto"`` would (docs/speed.md); ``"eager"`` works tensor by tensor, with little memory; ``"foreach"``
+            on all tensors of a shape at once, with few kernel launches; ``"auto"`` takes foreach on accelerators and
+            fused on CPUs, without a compiler eager.
         maximize: step uphill.
 
     Raises:
-        ValueError: for an argument out of range, or a rotating group whose target angle would be 0.
+        ValueError: for an argument out of range, a rotating group whose target angle would be 0, or
+            ``backend="fused"`` where the kernel cannot be had.
     """
 
     inner: ClassVar[Inner]
     """Where directions come from."""
     _shapes: list[list[torch.Size]]
     """Of each group's matrices when it was added."""
+    _seen: list[list[torch.Size]] | None
+    """Shapes of all parameters when they were last found whole."""
+    _fused: FusedStep
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        self._fused, self._seen = FusedStep(self.inner), None
         self._shapes = [matrix_shapes(group) for group in self.param_groups]
 
     def __init__(
@@ -119,6 +130,7 @@ class RotationalOptimizer(torch.optim.Optimizer):
             "match_rms": None,
             "backend": backend,
         }
+        self._fused, self._seen = FusedStep(self.inner), None
         super().__init__(params, {**defaults, **rotational, "maximize": maximize})
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -158,6 +170,10 @@ class RotationalOptimizer(torch.optim.Optimizer):
         if self._is_rehearsal():
             return loss
         self._before_step()
+        rest = self._fused.step(self.param_groups, self.state, self.target_rotation)
+        if not any(rest):
+            return loss
+        rest = cuda.step(self.inner, self.param_groups, rest, self.state, self.target_rotation)
         places = {parameter: place for place, (parameter, _) in enumerate(self._members())}
         complete(
             (
@@ -166,8 +182,8 @@ class RotationalOptimizer(torch.optim.Optimizer):
                 ),
                 split_over(parameters[0], dims),
             )
-            for group in self.param_groups
-            for parameters, dims in self._alike(group)
+            for group, left in zip(self.param_groups, rest, strict=True)
+            for parameters, dims in self._alike(group, left)
         )
         return loss
 
@@ -251,6 +267,9 @@ class RotationalOptimizer(torch.optim.Optimizer):
 
     def _check_whole(self) -> None:
         """Refuses to take pieces for what they are of: a plausible update, but not of their neurons."""
+        now = [[parameter.shape for parameter in group["params"]] for group in self.param_groups]
+        if now == self._seen:
+            return
         for group, shapes in zip(self.param_groups, self._shapes, strict=True):
             left = matrix_shapes(group)
             if left[: len(shapes)] != shapes:
@@ -260,6 +279,7 @@ class RotationalOptimizer(torch.optim.Optimizer):
                     "the shape they were added with: they were flattened or cut up, as DeepSpeed does (ZeRO, AutoTP), "
                     f"and neurons cannot be told in the pieces. {REMEDY}"
                 )
+        self._seen = now
 
     def _is_rehearsal(self) -> bool:
         """Whether this is no step of training but one that is to make state: DeepSpeed takes it, and it would count."""
@@ -275,10 +295,11 @@ class RotationalOptimizer(torch.optim.Optimizer):
     def _members(self) -> Iterator[tuple[Tensor, Group]]:
         return ((parameter, group) for group in self.param_groups for parameter in group["params"])
 
-    def _alike(self, group: Group) -> Iterator[tuple[list[Tensor], tuple[int, ...]]]:
-        """The group's parameters that have a gradient, in lists that can step together, with the dims they span."""
+    def _alike(self, group: Group, parameters: list[Tensor]) -> Iterator[tuple[list[Tensor], tuple[int, ...]]]:
+        """Those of a group's parameters that have a gradient, in lists that can step together, with the dims they
+        span."""
         buckets: dict[Any, list[Tensor]] = {}
-        for parameter in group["params"]:
+        for parameter in parameters:
             if parameter.grad is None:
                 continue
             dims = neuron_span(parameter, group)
@@ -319,6 +340,11 @@ class RotationalOptimizer(torch.optim.Optimizer):
         return {**state_dict, "param_groups": merged}
 
     def _check(self, group: Group) -> None:
+        if group["backend"] == "fused":
+            devices = {parameter.device.type for parameter in group["params"]}
+            for device, kernel_is in (("cpu", unavailable), (cuda.DEVICE, cuda.unavailable)):
+                if device in devices and (reason := kernel_is()):
+                    raise ValueError(f"Invalid backend: 'fused' (must be 'auto' or 'eager' on this machine: {reason})")
         check_group(group)
         self.inner.check(group)
 
@@ -330,7 +356,7 @@ def matrix_shapes(group: Group) -> list[torch.Size]:
 
 def multi_tensor(parameter: Tensor, group: Group) -> bool:
     """Whether the group's backend steps this parameter together with others."""
-    return group["backend"] == "foreach" or (group["backend"] == "auto" and parameter.device.type != "cpu")
+    return group["backend"] == "foreach" or (group["backend"] != "eager" and parameter.device.type != "cpu")
 
 
 def rms_of(parameters: list[Tensor]) -> list[float]:

@@ -11,9 +11,9 @@ from torch import Tensor
 from hf_rotational.optim.gains import learns, learns_mean, sign, smallest_norm, take_apart_
 from hf_rotational.optim.groups import holds_mean
 from hf_rotational.optim.inner import Group, Inner, State
-from hf_rotational.optim.precision import read, write
+from hf_rotational.optim.precision import compute_dtype, read, write
 from hf_rotational.optim.rotation import center_, neuron_norm, rotate_
-from hf_rotational.optim.sharding import Sums, local, local_as, shard_number, stacked
+from hf_rotational.optim.sharding import Sums, alone, local, local_as, shard_number, stacked
 from hf_rotational.optim.state import keep, state_here
 
 
@@ -44,11 +44,8 @@ class Step:
         for state, weight in zip(states, weights, strict=True):
             self._prepare_moments(state, weight)
         if self.dims:
-            fan_in = math.prod(parameters[0].shape[dim] for dim in self.dims)
-            smallest = smallest_norm(fan_in, stored[0].dtype, weights[0].dtype)
             # A single weight is stacked as a view, so what happens to the stack happens to it.
-            stack = _Stack(self, states, tuple(dim + 1 for dim in self.dims), fan_in, smallest)
-            weight = stacked(weights)
+            stack, weight = self._stack(parameters, states), stacked(weights)
             yield from stack.prepare(weight)
             yield from stack.turn(weight if moves else weight.clone(), stacked(grads))
             if moves and len(weights) > 1:
@@ -62,13 +59,23 @@ class Step:
         for parameter, state, whole in zip(parameters, states, kept, strict=True):
             keep(state, whole, parameter, self.dims)
 
+    def prepare(self, parameter: Tensor, kept: State) -> None:
+        """Makes the state of a float32 parameter whose neurons are whole on this rank, and centres its weights if they
+        are to be: what :meth:`take` does before anything else."""
+        part, state = local(parameter.detach()), state_here(kept, parameter)
+        self._prepare_moments(state, part)
+        if self.dims:
+            alone(self._stack([parameter], [state]).prepare(part.unsqueeze(0)))
+        keep(state, kept, parameter, self.dims)
+
+    def _stack(self, parameters: list[Tensor], states: list[State]) -> _Stack:
+        fan_in = math.prod(parameters[0].shape[dim] for dim in self.dims)
+        smallest = smallest_norm(fan_in, parameters[0].dtype, compute_dtype(parameters[0]))
+        return _Stack(self, states, tuple(dim + 1 for dim in self.dims), fan_in, smallest)
+
     def _grad(self, parameter: Tensor) -> Tensor:
+        check_dense(parameter)
         assert parameter.grad is not None
-        if parameter.grad.is_sparse:
-            raise RuntimeError(
-                "Rotational optimizers do not support sparse gradients, and the parameter of shape "
-                f"{tuple(parameter.shape)} has one: build the embedding with sparse=False"
-            )
         grad = local_as(parameter.grad, parameter)
         return -grad if self.group["maximize"] else grad
 
@@ -167,6 +174,15 @@ class _Stack:
             state["rotation_step"] = count
         if len(self.states) > 1:
             torch._foreach_copy_([state["update_norm_sq"] for state in self.states], list(update_norm_sq.unbind()))
+
+
+def check_dense(parameter: Tensor) -> None:
+    """Raises ``RuntimeError`` if the parameter's gradient is sparse."""
+    if parameter.grad is not None and parameter.grad.is_sparse:
+        raise RuntimeError(
+            "Rotational optimizers do not support sparse gradients, and the parameter of shape "
+            f"{tuple(parameter.shape)} has one: build the embedding with sparse=False"
+        )
 
 
 def age(state: State) -> int:

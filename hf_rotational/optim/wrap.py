@@ -143,9 +143,9 @@ class _WrappedOptimizer(RotationalOptimizer):
     def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]:
         return _blank, (self.base_class,), self.__getstate__()
 
-    def _alike(self, group: Group) -> Iterator[tuple[list[Tensor], tuple[int, ...]]]:
+    def _alike(self, group: Group, parameters: list[Tensor]) -> Iterator[tuple[list[Tensor], tuple[int, ...]]]:
         # What does not rotate has had its step before.
-        return ((parameters, dims) for parameters, dims in super()._alike(group) if dims)
+        return ((alike, dims) for alike, dims in super()._alike(group, parameters) if dims)
 
     def _before_step(self) -> None:
         super()._before_step()

@@ -76,8 +76,8 @@ class RotationalTrainingArguments(TrainingArguments):
     rotation_rounding: str = field(
         default=_DEFAULT.rounding,
         metadata={
-            "help": "Rounding of 16-bit parameters: 'nearest', 'kahan' or 'stochastic'; 'auto' is kahan where weights of "
-            "16 bits train."
+            "help": "Rounding of 16-bit parameters: 'nearest', 'kahan' or 'stochastic'; 'auto' is kahan where weights "
+            "of 16 bits train."
         },
     )
     rotation_transient_correction: bool = field(
@@ -85,7 +85,7 @@ class RotationalTrainingArguments(TrainingArguments):
         metadata={"help": "Bring the first steps, whose updates differ in size from later ones, to the target angle."},
     )
     rotation_backend: str = field(
-        default=_DEFAULT.backend, metadata={"help": "How a step is computed: 'auto', 'eager' or 'foreach'."}
+        default=_DEFAULT.backend, metadata={"help": "How a step is computed: 'auto', 'fused', 'eager' or 'foreach'."}
     )
     rotation_include: list[str] = field(
         default_factory=list,
