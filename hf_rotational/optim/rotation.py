@@ -60,7 +60,8 @@ def rotate_(
 
         u  -= mean(u)                           with `center`
         u  -= p <u,p>/n^2                       the radial part goes
-        nu  = decay nu + (1-decay) |u|^2        running average of the update's size, bias corrected by 1-decay^step
+        nu  = decay nu + (1-decay) |u|^2        running average of the update's size, bias corrected by 1-decay^step;
+                                                it begins with the first update that is not 0, as if all had been that
         p  -= angle n u/(sqrt(nu^)+eps)         a tangent step of the target size
         p  *= n/|p|                             back to the sphere
 
@@ -96,7 +97,10 @@ def rotate_(
     # Scaled up to the target angle, the rounding of a purely radial or constant update would be a full step of noise.
     size_sq = size_sq.where(size_sq > ROUNDING_SQ * torch.finfo(size_sq.dtype).eps ** 2 * removed_sq, 0.0)
     late_size_sq = size_sq / relative_size_sq
+    first = update_norm_sq == 0
     update_norm_sq.lerp_(late_size_sq if learns is None else late_size_sq.where(learns, update_norm_sq), 1 - decay)
+    # Corrected below by the number of steps, an average that took the sizes 0 before it for updates would be too small.
+    update_norm_sq.copy_(torch.where(first & (update_norm_sq != 0), late_size_sq * (1 - decay**step), update_norm_sq))
     if lr == 0:
         return
     size = (update_norm_sq * (relative_size_sq / (1 - decay**step))).sqrt_().add_(eps)

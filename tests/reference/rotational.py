@@ -75,7 +75,8 @@ def rotate(
         if centering != "none":
             u = u - u.mean(axis=1, keepdims=True)
         u = u - p * dot(u, p) / n**2
-        nu = beta * nu + (1 - beta) * dot(u, u)
+        # Steps before the first update that is not 0 do not count in its average.
+        nu = np.where(nu == 0, (1 - beta**t) * dot(u, u), beta * nu + (1 - beta) * dot(u, u))
         p = p - angle * n * u / (np.sqrt(nu / (1 - beta**t)) + eps)
         p = p * n / np.sqrt(dot(p, p))
     return p
@@ -107,7 +108,8 @@ def rotate_and_learn(
         step_g = gaining((grad * v).sum(axis=1, keepdims=True) + l2 * g, g)
         step_m = meaning(grad.sum(axis=1, keepdims=True) + l2 * m, m) if free_mean else 0.0
         u = u - v * (u * v).sum(axis=1, keepdims=True)
-        nu = 0.9 * nu + 0.1 * (u * u).sum(axis=1, keepdims=True)
+        size_sq = (u * u).sum(axis=1, keepdims=True)
+        nu = np.where(nu == 0, (1 - 0.9**t) * size_sq, 0.9 * nu + 0.1 * size_sq)
         v = v - angle * n * u / (np.sqrt(nu / (1 - 0.9**t)) + 1e-8)
         v = v / np.sqrt((v * v).sum(axis=1, keepdims=True))
         g = g - lr * (step_g + decay * g)

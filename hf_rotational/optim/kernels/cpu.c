@@ -160,7 +160,7 @@ static Move close_step(const Tensor *t, int64_t neuron, const double *sums)
         size_sq = 0.0f;
     float *average = t->update_norm_sq + neuron;
     if (!group->forgetful || sums[GRADS] > 0)
-        *average += (1.0 - group->decay) * (size_sq / t->relative_size_sq - *average);
+        *average += (*average == 0 ? t->late : 1.0 - group->decay) * (size_sq / t->relative_size_sq - *average);
     if (!isfinite(sums[UU] + sums[UW] + ww))
         return (Move){NAN, NAN, NAN};
     if (!rotates)

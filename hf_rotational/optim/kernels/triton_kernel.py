@@ -185,6 +185,8 @@ def _move(row, norm, average, removed_sq, sums, settings: tl.constexpr):
     removed_sq += mean * mean * fan_in + uw * radial
     size_sq = tl.where(size_sq > removed_sq * NOISE_SQ, size_sq, 0.0)
     late = average + _number(row, NEW_SIZE, dtype) * (size_sq / _number(row, RELATIVE, dtype) - average)
+    # It begins with the first update that is not 0.
+    late = tl.where(average == 0, size_sq / _number(row, CORRECTION, dtype), late)
     if settings.forgetful:
         late = tl.where(grads > 0, late, average)
     moves = (norm > 0) & (size_sq != 0)

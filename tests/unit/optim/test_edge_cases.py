@@ -60,6 +60,22 @@ def test_rows_without_a_norm_take_the_plain_step_without_weight_decay(
     torch.testing.assert_close(params[0][others], whole[0][others], rtol=1e-5, atol=1e-6)
 
 
+@each_backend
+@each_optimizer
+def test_a_neuron_turns_by_the_target_when_its_first_gradient_comes(build: Builder, backend: str) -> None:
+    parameter = nn.Parameter(noise(5, 7, dtype=torch.float32))
+    optimizer = make(build, [parameter], rotation=0.05, backend=backend)
+    for step in range(4):
+        before = parameter.detach().clone()
+        parameter.grad = gradient(parameter, 0, step)
+        parameter.grad[1] = 0.0 if step < 3 else parameter.grad[1]
+        optimizer.step()
+        if step < 3:
+            exactly_equal(parameter[1].detach(), before[1])
+    # Float32 rounds entries of size 1 by 6e-8, of an angle of 0.05.
+    assert turned(before, parameter.detach())[1].item() == pytest.approx(math.atan(0.05), rel=1e-5)
+
+
 def test_lion_moves_a_zero_row_by_signs() -> None:
     start = noise(5, 7)
     start[1] = 0.0

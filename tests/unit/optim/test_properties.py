@@ -98,8 +98,9 @@ def test_steps_are_tangent_and_of_the_stated_size(build: Callable[..., Rotationa
     for step in range(1, STEPS + 1):
         train(optimizer, [weight], [step])
         mean_sq = optimizer.state[weight]["update_norm_sq"].clone()
-        # The running average gives away the size of the newest update, |u|^2.
-        size_sq = (mean_sq - decay * mean_sq_before) / (1 - decay)
+        # The running average gives away the size of the newest update, |u|^2. It begins with the first that is not 0.
+        begins = mean_sq_before == 0
+        size_sq = torch.where(begins, mean_sq / (1 - decay**step), (mean_sq - decay * mean_sq_before) / (1 - decay))
         target = optimizer.target_rotation(optimizer.param_groups[0])
         ratio = target * size_sq.clamp(min=0).sqrt() / ((mean_sq / (1 - decay**step)).sqrt() + 1e-8)
         # p' is parallel to p - u' with u' tangent and |u'| = ratio |p|: the triangle's third side has this cosine.
