@@ -1,0 +1,291 @@
+"""The training experiments train what is missing, once, and report what their files hold."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from torch import nn
+from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
+
+from benchmarks import fine_tuning, need_for_warmup, training
+from benchmarks.training import Finished, Method, Results, Run, grid, optimizer_of, train
+from benchmarks.training_tasks import Classification, LanguageModel
+from examples.paper import adam_l2_balance, imbalanced_rotation, lr_times_weight_decay, sensitivity
+from hf_rotational import RotationalAdamW, plan
+from hf_rotational.demo.model import load_classifier, load_tokenizer
+
+TINY = LanguageModel(width=16, depth=1, vocabulary=256, length=16, rows=2, held_out_rows=4)
+WORDS = ("red", "green", "blue", "one", "two", "three", "never")
+PRETRAINING = (need_for_warmup, lr_times_weight_decay, adam_l2_balance, imbalanced_rotation, sensitivity)
+
+
+@pytest.fixture(scope="module")
+def bert(tmp_path_factory: pytest.TempPathFactory) -> Classification:
+    """A model of one layer, and texts that say their label."""
+    folder = tmp_path_factory.mktemp("bert")
+    vocabulary = {word: index for index, word in enumerate(("[UNK]", "[PAD]", *WORDS))}
+    words = Tokenizer(WordLevel(vocabulary, unk_token="[UNK]"))
+    words.pre_tokenizer = Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=words, pad_token="[PAD]", unk_token="[UNK]").save_pretrained(folder)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    torch.manual_seed(0)
+    BertModel(BertConfig(vocab_size=len(vocabulary), pad_token_id=1, **sizes)).save_pretrained(folder)
+    used = WORDS[:-1]
+    rows = [f"{first} {second},{first}\n" for first in used for second in used]
+    file = folder / "train.csv"
+    file.write_text("text,label\n" + "".join(rows))
+    return Classification(model=str(folder), train_file=str(file), validation_file=str(file), length=4, rows=4)
+
+
+@pytest.fixture
+def start(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, bert: Classification) -> Callable[..., tuple[Path, Path]]:
+    """Runs a script on a tiny task, its first two learning rates and every third method; returns its files."""
+
+    def run(script: ModuleType, *options: str) -> tuple[Path, Path]:
+        results, figure = tmp_path / "results.json", tmp_path / "figure.png"
+        monkeypatch.setattr(script, "STEPS", 4)
+        monkeypatch.setattr(script, "LEARNING_RATES", (1e-3, 1e-2))
+        if script is fine_tuning:
+            options = (*options, "--model", str(bert.model), "--train_file", str(bert.train_file))
+        else:
+            monkeypatch.setattr(script, "TASK", TINY)
+        monkeypatch.setattr(
+            sys, "argv", ["script", "--workers", "1", "--results", str(results), "--figure", str(figure), *options]
+        )
+        script.main()
+        return results, figure
+
+    return run
+
+
+def rows_of(file: Path) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = json.loads(file.read_text("utf-8"))["runs"]
+    return rows
+
+
+@pytest.mark.parametrize("script", [*PRETRAINING, fine_tuning], ids=lambda script: script.__name__.split(".")[-1])
+def test_a_script_trains_reports_and_draws_every_method(
+    script: ModuleType, start: Callable[..., tuple[Path, Path]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    results, figure = start(script, "--seeds", "1")
+
+    printed = capsys.readouterr().out
+    assert figure.stat().st_size > 0
+    rows = rows_of(results)
+    assert {(row["name"], row["lr"]) for row in rows} == {(name, lr) for name in script.METHODS for lr in (1e-3, 1e-2)}
+    assert all(math.isfinite(row["outcome"]["evaluations"][-1]["loss"]) for row in rows)
+    for name in script.METHODS:
+        losses = [row["outcome"]["evaluations"][-1]["loss"] for row in rows if row["name"] == name]
+        line = "| ".join(f"{loss:.3f} " for loss in losses)
+        assert any(name in row and line in row for row in printed.splitlines())
+
+
+@pytest.mark.parametrize("page", ["evidence.md", "paper.md"])
+def test_tables_of_the_docs_are_those_of_the_results(
+    page: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = (training.ROOT / "docs" / page).read_text("utf-8")
+    scripts = [script for script in (*PRETRAINING, fine_tuning) if f"python -m {script.__name__} " in text]
+    monkeypatch.setattr(sys, "argv", ["script", "--report", "--figure", str(tmp_path / "figure.png")])
+    for script in scripts:
+        script.main()
+    printed = {cells(line) for line in capsys.readouterr().out.splitlines()}
+    assert scripts
+    for section in text.split("\n## ")[1:]:  # what comes before is told in words of its own
+        for line in section.splitlines():
+            assert not line.startswith("|") or set(line) <= set("|-: ") or cells(line) in printed
+
+
+def cells(line: str) -> tuple[str, ...]:
+    return tuple(cell.strip() for cell in line.strip().split("|"))
+
+
+def test_runs_in_the_file_are_not_trained_again(
+    start: Callable[..., tuple[Path, Path]], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    script, trained = need_for_warmup, []
+    monkeypatch.setattr(training, "train", lambda run: trained.append(run) or train(run))
+    monkeypatch.setattr(script, "METHODS", dict(list(script.METHODS.items())[:2]))
+
+    results, figure = start(script, "--seeds", "1")
+    first, report = rows_of(results), capsys.readouterr().out.partition("Held-out")[2]
+    assert [run.seed for run in trained] == [0] * 4
+
+    figure.unlink()
+    start(script, "--seeds", "1", "--report")
+    assert capsys.readouterr().out.partition("Held-out")[2] == report
+    assert figure.exists()
+
+    start(script, "--seeds", "2")
+    assert [run.seed for run in trained] == [0] * 4 + [1] * 4
+    assert rows_of(results)[:4] == first
+
+    start(script, "--seeds", "3", "--minutes", "0")
+    assert len(trained) == len(rows_of(results)) == 8
+
+
+def test_a_report_of_nothing_says_so(
+    start: Callable[..., tuple[Path, Path]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        start(sensitivity, "--report")
+    assert stopped.value.code == 1
+    assert f"none of the {len(sensitivity.METHODS) * 2 * 2} runs has been trained" in capsys.readouterr().err
+
+
+def test_a_loss_that_is_not_finite_is_stored_and_comes_back_as_infinite(tmp_path: Path) -> None:
+    run = Run("a", TINY, Method(), 1.0, 0, 1)
+    outcome = {"evaluations": [{"step": 1, "loss": math.nan}], "losses": [math.inf], "loss": 1.23456789, "seconds": 1.0}
+    Results(tmp_path / "results.json").add(run, outcome)
+    stored = Results(tmp_path / "results.json")
+    assert stored.outcome(run) == {
+        "evaluations": [{"step": 1, "loss": math.inf}],
+        "losses": [math.inf],
+        "loss": 1.2346,
+        "seconds": 1.0,
+    }
+    assert stored.outcome(replace(run, name="another name")) is not None
+    for change in ({"lr": 2.0}, {"seed": 1}, {"steps": 2}, {"method": Method(warmup=0.1)}, {"task": LanguageModel()}):
+        assert stored.outcome(replace(run, **change)) is None
+
+
+def test_a_training_is_what_a_loop_written_out_computes() -> None:
+    """AdamW with warmup and decay of matrices only, against torch alone."""
+    run = Run("AdamW", TINY, Method("adamw", 0.5, 0.1, {"betas": (0.9, 0.95)}), 1e-2, 3, 4, 2)
+    model, batches = TINY.build(3), TINY.batches(3)
+    matrices, vectors = ([p for p in model.parameters() if (p.ndim > 1) == wide] for wide in (True, False))
+    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
+    optimizer, evaluations = torch.optim.AdamW(groups, betas=(0.9, 0.95)), []
+    for step, share in enumerate((0.0, 0.5, 1.0, 0.5), start=1):
+        for group in optimizer.param_groups:
+            group["lr"] = 1e-2 * share
+        optimizer.zero_grad()
+        TINY.loss(model, next(batches)).backward()
+        optimizer.step()
+        if step in (2, 4):
+            with torch.no_grad():
+                evaluations.append({"step": step, **TINY.evaluate(model)})
+    # The fused and the plain implementation round differently.
+    assert train(run)["evaluations"] == [
+        {"step": each["step"], "loss": pytest.approx(each["loss"], rel=1e-5)} for each in evaluations
+    ]
+
+
+@pytest.mark.slow
+def test_a_pool_of_processes_trains_the_same(tmp_path: Path) -> None:
+    runs = grid(TINY, {"a": Method(), "b": Method("rotational_adamw")}, (1e-2,), seeds=2, steps=2)
+    stored = Results(tmp_path / "results.json")
+    training.train_missing(runs, stored, workers=2, minutes=math.inf)
+    for run in runs:
+        assert stored.outcome(run)["evaluations"][0]["loss"] == pytest.approx(
+            train(run)["evaluations"][0]["loss"],
+            rel=1e-4,  # stored to five digits
+        )
+
+
+def test_tokens_that_do_not_occur_change_nothing(bert: Classification) -> None:
+    """Loss and gradients are those of the whole model."""
+    tokenizer, names = load_tokenizer(bert.source), sorted(WORDS[:-1])
+    whole, batch = load_classifier(bert.source, tokenizer, names, seed=5), next(bert.batches(0))
+    small = bert.build(5)
+    ids = torch.tensor([tokenizer.convert_tokens_to_ids(["[PAD]", *WORDS[:-1]])])[0]
+    assert small.get_input_embeddings().weight.shape[0] == len(ids) < len(tokenizer)
+    losses = []
+    for model, rows in ((small, batch), (whole, {**batch, "input_ids": ids.sort().values[batch["input_ids"]]})):
+        model.eval()
+        losses.append(bert.loss(model, rows))
+        losses[-1].backward()
+    torch.testing.assert_close(losses[0], losses[1])
+    gradients = [dict(model.named_parameters()) for model in (small, whole)]
+    for name, parameter in gradients[0].items():
+        expected = gradients[1][name].grad
+        torch.testing.assert_close(
+            parameter.grad, expected[ids.sort().values] if name.endswith("word_embeddings.weight") else expected
+        )
+
+
+def test_weights_in_two_pieces_compute_the_same_and_turn_at_two_rates() -> None:
+    whole, pieces = TINY.build(0), imbalanced_rotation.InPieces(**vars(TINY)).build(0)
+    batch = next(TINY.batches(0))
+    torch.testing.assert_close(TINY.loss(pieces, batch), TINY.loss(whole, batch), rtol=0, atol=0)
+    assert len(plan(pieces).rotating) == 2 * len(plan(whole).rotating)
+
+    before = {name: module.weight.detach().clone() for name, module in modules(pieces).items()}
+    optimizer = optimizer_of(pieces, imbalanced_rotation.METHODS["a tenth 10 x faster"], lr=1e-3)
+    assert isinstance(optimizer, RotationalAdamW)
+    TINY.loss(pieces, batch).backward()
+    optimizer.step()
+    angle = min(optimizer.target_rotation(group) for group in optimizer.param_groups if group["rotational"])
+    for name, module in modules(pieces).items():
+        # Conv1D: neurons are columns. A first step has exactly its target as the tangent of its angle.
+        turned = torch.linalg.vector_norm(module.weight - before[name], dim=0) / before[name].norm(dim=0)
+        expected = torch.where(torch.arange(len(turned)) % 10 == 9, 10 * angle, angle).atan()
+        torch.testing.assert_close(2 * (turned / 2).asin(), expected, rtol=1e-3, atol=0)
+
+
+def modules(model: nn.Module) -> dict[str, nn.Module]:
+    return {name: module for name, module in model.named_modules() if type(module).__name__.endswith("Conv1D")}
+
+
+def finished(losses: dict[str, dict[float, list[float]]], steps: int = 1) -> Finished:
+    """As if these had been trained: last losses of each method and learning rate, by seed."""
+    return Finished(
+        (
+            Run(name, TINY, Method(), lr, seed, steps),
+            {"evaluations": [{"step": 1, "loss": loss + 1}, {"step": 2, "loss": loss}], "loss": loss},
+        )
+        for name, by_lr in losses.items()
+        for lr, values in by_lr.items()
+        for seed, loss in enumerate(values)
+    )
+
+
+def test_differences_leave_out_what_a_seed_does_to_all() -> None:
+    # Baseline, and two methods that are 1 and 2 above it; seeds shift all by 5; what is left is +-0.1.
+    losses = {fine_tuning.BASELINE: [1.1, 5.9], "a": [1.9, 7.1], "b": [3.0, 8.0]}
+    result, half_width = fine_tuning.differences(finished({n: {0.1: v} for n, v in losses.items()}), 0.1, "loss")
+    assert result == pytest.approx({fine_tuning.BASELINE: 0.0, "a": 1.0, "b": 2.0})
+    # Residuals +-(0.1, 0.1, 0) over 2 degrees of freedom: 0.04/2; the interval of a difference of two means of 2.
+    assert half_width == pytest.approx(fine_tuning.student_95(2) * math.sqrt(0.02) * math.sqrt(2 / 2))
+
+
+@pytest.mark.parametrize(("freedom", "quantile"), [(4, 2.7764), (8, 2.3060), (20, 2.0860), (100, 1.9840)])
+def test_student_quantile_is_that_of_tables(freedom: int, quantile: float) -> None:
+    assert fine_tuning.student_95(freedom) == pytest.approx(quantile, rel=0.02)
+
+
+def test_good_range_is_interpolated_between_learning_rates() -> None:
+    # 2 % above the best is reached halfway between 1 and 10, and between 10 and 100 after a quarter.
+    losses = {"a": {1.0: [104.0], 10.0: [100.0], 100.0: [108.0]}}
+    assert need_for_warmup.good_range(finished(losses), "a") == pytest.approx(10 ** (0.5 + 0.25))
+    diverged = {"a": {1.0: [101.0], 10.0: [100.0], 100.0: [math.inf]}}
+    assert need_for_warmup.good_range(finished(diverged), "a") == pytest.approx(10.0)
+
+
+def test_steps_to_a_loss_are_interpolated_on_the_mean_curve() -> None:
+    runs = finished({"a": {1.0: [2.0, 4.0]}})  # the mean is 4 after step 1 and 3 after step 2
+    assert need_for_warmup.steps_to(runs, "a", 1.0, 3.25) == pytest.approx(1.75)
+    assert need_for_warmup.steps_to(runs, "a", 1.0, 2.9) == math.inf
+
+
+def test_a_grid_has_all_of_a_seed_first_and_methods_that_depend_on_the_learning_rate() -> None:
+    runs = grid(TINY, {"a": Method(), "b": lambda lr: Method(weight_decay=lr)}, (1.0, 2.0), seeds=2, steps=1)
+    assert [(run.seed, run.lr, run.name, run.method.weight_decay) for run in runs[:4]] == [
+        (0, 1.0, "a", 0.0),
+        (0, 1.0, "b", 1.0),
+        (0, 2.0, "a", 0.0),
+        (0, 2.0, "b", 2.0),
+    ]
+    assert [run.seed for run in runs] == [0] * 4 + [1] * 4
