@@ -54,7 +54,9 @@ def library() -> Path:
     """
     command = compiler()
     version = _run([*command, "--version"])
-    key = hashlib.sha256(repr((SOURCE.read_text(encoding="utf-8"), version, FLAGS, TUNED, _processor())).encode())
+    key = hashlib.sha256(
+        repr((SOURCE.read_text(encoding="utf-8"), command, version, FLAGS, TUNED, _processor())).encode()
+    )
     built = cache_folder() / f"cpu-{key.hexdigest()[:20]}.so"
     if built.exists():
         return built
