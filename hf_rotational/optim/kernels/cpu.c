@@ -17,11 +17,14 @@ are. Sums are double, in lanes that are added up side by side, so that compilers
 
 enum { ADAM, MOMENTUM, SGD, LION };     /* Group.kind; SGD: without momentum */
 enum { UU, UW, WW, U, W, GRADS, SUMS }; /* GRADS counts gradients that are not 0 */
-enum { LANES = 16, CHUNK = 512, AHEAD = 256, BLOCK = 32768, PANEL = 4096, MOST_THREADS = 256 };
-enum { APART = PANEL + 2 * LANES }; /* of the sums of columns: not a multiple of a page, which would slow down stores */
+enum { LANES = 8, TILE = 16, ROWS = 8, CHUNK = 512, AHEAD = 256, BLOCK = 32768, PANEL = 4096, MOST_THREADS = 256 };
+enum { TOGETHER = 6144 };           /* entries of short neurons whose steps are closed together */
+enum { APART = PANEL + 2 * TILE }; /* of the sums of columns: not a multiple of a page, which would slow down stores */
 enum { TABLES = 2 * SUMS * APART + 3 * PANEL }; /* floats of a thread's scratch memory for what columns need */
 
 static const double ROUNDING_SQ = 64.0 * 0x1p-46; /* what a projection leaves: 8 units of float rounding, squared */
+
+typedef double Doubles __attribute__((vector_size(LANES * sizeof(double))));
 
 /* Hyperparameters of a parameter group, with this step's learning rate and target angle. */
 typedef struct {
@@ -46,70 +49,92 @@ typedef struct {
 
 static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
-/* Updates the moments of one entry, if they are to be kept; returns what to subtract per unit of learning rate. */
-static inline float direction(const Tensor *t, const int kind, const bool keep, float g, float w, float *m, float *v)
+/* Updates the moments of one entry; returns what to subtract per unit of learning rate. */
+static inline float direction(const Tensor *t, const int kind, float g, float w, float *m, float *v)
 {
     const float beta1 = t->group->beta1, beta2 = t->group->beta2, turning = g + t->l2_first * w;
     if (kind == SGD)
         return t->from_grad * turning;
     const float mean = beta1 * *m + t->first_new * turning;
     if (kind == LION) {
-        if (keep)
-            *m = beta2 * *m + t->second_new * g;
+        *m = beta2 * *m + t->second_new * g;
         return (float)(mean > 0) - (float)(mean < 0);
     }
-    if (keep)
-        *m = mean;
+    *m = mean;
     if (kind == MOMENTUM)
         return t->from_grad * turning + t->from_first * mean;
     const float whole = g + t->l2 * w, square = beta2 * *v + t->second_new * whole * whole;
-    if (keep)
-        *v = square;
+    *v = square;
     return mean / (t->root_scale * sqrtf(square) + t->eps);
 }
 
-/* Writes the directions u of n entries, and adds up u.u, u.w and w.w: entry i in lane i,
-modulo LANES unless spread. Always inlined, so that what is constant is so in the loops. */
-static inline __attribute__((always_inline)) void
-sweep(const Tensor *tensor, const int kind, const bool keep, double *sums, bool spread, int64_t at, int64_t n, float *restrict u)
+static inline Doubles load(const float *from)
 {
-    const Tensor copy = *tensor, *t = &copy; /* which no store can change */
+    Doubles doubles;
+    for (int l = 0; l < LANES; l++)
+        doubles[l] = from[l];
+    return doubles;
+}
+
+/* Steps the moments of up to TILE entries, if they are to be kept, and writes their directions u, 0 after the last. Adds
+u.u, u.w and w.w to the given sums: entry i to lane i, modulo LANES unless spread. Always inlined, as its callers are:
+what is constant there is so in the loops. */
+static inline __attribute__((always_inline)) void
+tile(const Tensor *t, const int kind, const bool keep, int64_t at, const int64_t n, float *restrict u, bool sums, bool spread,
+     Doubles *uu, Doubles *uw, Doubles *ww)
+{
     const float *restrict g = t->grad + at, *restrict w = t->weight + at;
-    float *restrict m = t->first + at, *restrict v = t->second + at;
-    const int64_t apart = spread ? APART : LANES;
-    double *restrict uu = sums, *restrict uw = sums + apart, *restrict ww = sums + 2 * apart;
-    int64_t i = 0;
-    for (; i + LANES <= n; i += LANES) {
-        /* Processors that fetch ahead by themselves stop at the end of a page. */
-        __builtin_prefetch(g + i + AHEAD, 0);
-        __builtin_prefetch(w + i + AHEAD, 1);
-        __builtin_prefetch(m + i + AHEAD, 1);
-        __builtin_prefetch(v + i + AHEAD, 1);
-        for (int64_t l = i; l < i + LANES; l++)
-            u[l] = direction(t, kind, keep, g[l], w[l], m + l, v + l);
-        if (sums)
-            for (int64_t l = 0; l < LANES; l++) {
-                const double a = u[i + l], b = w[i + l];
-                uu[l] += a * a;
-                uw[l] += a * b;
-                ww[l] += b * b;
-            }
-        if (sums && spread)
-            uu += LANES, uw += LANES, ww += LANES;
+    float *restrict m = t->first + at, *restrict v = t->second + at, rest[TILE];
+#pragma GCC ivdep
+    for (int64_t l = 0; l < TILE; l++) {
+        const bool in = l < n;
+        float first = in && kind != SGD ? m[l] : 0, second = in && kind == ADAM ? v[l] : 1;
+        const float to = direction(t, kind, in ? g[l] : 0, in ? w[l] : 0, &first, &second);
+        if (in && keep && kind != SGD)
+            m[l] = first;
+        if (in && keep && kind == ADAM)
+            v[l] = second;
+        u[l] = in ? to : 0;
+        rest[l] = in ? w[l] : 0;
     }
-    for (int64_t l = 0; i < n; i++, l++) {
-        u[i] = direction(t, kind, keep, g[i], w[i], m + i, v + i);
-        if (sums) {
-            const double a = u[i], b = w[i];
-            uu[l] += a * a;
-            uw[l] += a * b;
-            ww[l] += b * b;
-        }
+    for (int64_t l = 0; sums && l < TILE; l += LANES) {
+        const Doubles a = load(u + l), b = load((n < TILE ? rest : w) + l);
+        const int64_t sum = spread ? l / LANES : 0;
+        uu[sum] += a * a;
+        uw[sum] += a * b;
+        ww[sum] += b * b;
     }
 }
 
+/* The same of n entries; u has room for whole tiles. */
+static inline __attribute__((always_inline)) void
+sweep(const Tensor *tensor, const int kind, const bool keep, Doubles *sums, bool spread, int64_t at, int64_t n, float *restrict u)
+{
+    const Tensor copy = *tensor, *t = &copy; /* which no store can change */
+    Doubles *uu = sums, *uw = sums + APART / LANES, *ww = sums + 2 * APART / LANES, lanes[WW + 1];
+    if (sums && !spread) {
+        memcpy(lanes, sums, sizeof lanes);
+        uu = lanes, uw = lanes + 1, ww = lanes + 2;
+    }
+    int64_t i = 0;
+    for (; i + TILE <= n; i += TILE) {
+        /* Processors that fetch ahead by themselves stop at the end of a page. */
+        __builtin_prefetch(t->grad + at + i + AHEAD, 0);
+        __builtin_prefetch(t->weight + at + i + AHEAD, 1);
+        __builtin_prefetch(t->first + at + i + AHEAD, 1);
+        __builtin_prefetch(t->second + at + i + AHEAD, 1);
+        tile(t, kind, keep, at + i, TILE, u + i, sums, spread, uu, uw, ww);
+        if (spread)
+            uu += TILE / LANES, uw += TILE / LANES, ww += TILE / LANES;
+    }
+    if (i < n)
+        tile(t, kind, keep, at + i, n - i, u + i, sums, spread, uu, uw, ww);
+    if (sums && !spread)
+        memcpy(sums, lanes, sizeof lanes);
+}
+
 #define SWEEPS(name, keep, sums, spread)                                                                                \
-    static void name(const Tensor *t, double *lanes, int64_t at, int64_t n, float *u)                                   \
+    static void name(const Tensor *t, Doubles *lanes, int64_t at, int64_t n, float *u)                                  \
     {                                                                                                                   \
         switch (t->group->kind) {                                                                                       \
         case ADAM: sweep(t, ADAM, keep, sums, spread, at, n, u); break;                                                 \
@@ -140,78 +165,101 @@ static void sum_more(const Tensor *t, double *sums, bool spread, int64_t at, int
             sums[GRADS * apart + (i & mask)] += g[i] != 0;
 }
 
-/* The coefficients of a neuron's w = a w - b u + c; it stays as it is where b is 0. */
+/* The coefficients of w = a w - b u + c for some neurons; one stays as it is where b is 0. */
 typedef struct {
-    float a, b, c;
-} Move;
+    float a[ROWS], b[ROWS], c[ROWS];
+} Moves;
 
-/* Closes a neuron's step from its sums. */
-static Move close_step(const Tensor *t, int64_t neuron, const double *sums)
+/* Closes the step of up to ROWS neurons, from the given one on, whose sums lie side by side: as vectors, since the roots
+and divisions of one neuron after the other would take as long as the entries of a short one. */
+static void close_steps(const Tensor *t, int64_t neuron, int64_t n, const double *sums, int64_t apart, Moves *moves)
 {
     const Group *group = t->group;
-    const double fan_in = (double)t->outer * t->inner, norm = t->norm[neuron];
-    const bool rotates = norm > 0;
-    const double mean = group->center ? sums[U] / fan_in : 0.0, ww = sums[WW];
-    const double uu = sums[UU] - mean * sums[U], uw = sums[UW] - mean * sums[W];
-    const double inverse_sq = rotates ? 1.0 / (norm * norm) : 0.0, radial = uw * inverse_sq;
-    const double removed_sq = mean * mean * fan_in + uw * radial;
-    float size_sq = uu - 2.0 * radial * uw + radial * radial * ww;
-    if (!(size_sq > ROUNDING_SQ * removed_sq))
-        size_sq = 0.0f;
-    float *average = t->update_norm_sq + neuron;
-    if (!group->forgetful || sums[GRADS] > 0)
-        *average += (*average == 0 ? t->late : 1.0 - group->decay) * (size_sq / t->relative_size_sq - *average);
-    if (!isfinite(sums[UU] + sums[UW] + ww))
-        return (Move){NAN, NAN, NAN};
-    if (!rotates)
-        return (Move){1.0f, group->lr, group->lr * mean};
-    const double size = sqrt(*average * t->relative_size_sq / t->late) + group->rotational_eps;
-    if (size_sq == 0 || size == 0) /* an average of updates so small may be 0 though they are not */
-        return (Move){1.0f, 0.0f, 0.0f};
-    const double b = group->angle * norm / size;
-    const double scale = norm / sqrt(ww - 2.0 * b * (uw - radial * ww) + b * b * size_sq);
-    return (Move){scale * (1.0 + b * radial), scale * b, scale * b * mean};
+    const bool center = group->center, forgetful = group->forgetful;
+    const double fan_in = (double)t->outer * t->inner, share = center ? 1.0 / fan_in : 0.0;
+    const double angle = group->angle, lr = group->lr, eps = group->rotational_eps;
+    const double late = t->late, fresh = 1.0 - group->decay, relative_sq = t->relative_size_sq;
+    double all[SUMS][ROWS], norms[ROWS], averages[ROWS], weights[ROWS];
+    for (int64_t i = 0; i < ROWS; i++) {
+        const int64_t at = i < n ? i : 0; /* vectors are whole */
+        for (int s = UU; s <= WW; s++)
+            all[s][i] = sums[s * apart + at];
+        all[U][i] = center ? sums[U * apart + at] : 0.0;
+        all[W][i] = center ? sums[W * apart + at] : 0.0;
+        norms[i] = t->norm[neuron + at];
+        averages[i] = t->update_norm_sq[neuron + at];
+        weights[i] = forgetful && !(sums[GRADS * apart + at] > 0) ? 0.0 : averages[i] == 0 ? late : fresh;
+    }
+    for (int64_t i = 0; i < ROWS; i++) {
+        const double norm = norms[i], mean = share * all[U][i], ww = all[WW][i];
+        const double uu = all[UU][i] - mean * all[U][i], uw = all[UW][i] - mean * all[W][i];
+        const bool rotates = norm > 0;
+        const double inverse_sq = rotates ? 1.0 / (norm * norm) : 0.0, radial = uw * inverse_sq;
+        const double removed_sq = mean * mean * fan_in + uw * radial;
+        const double tangent_sq = (float)(uu - 2.0 * radial * uw + radial * radial * ww);
+        const double size_sq = tangent_sq > ROUNDING_SQ * removed_sq ? tangent_sq : 0.0;
+        const double average = (float)(averages[i] + weights[i] * (size_sq / relative_sq - averages[i]));
+        const double size = sqrt(average * relative_sq / late) + eps, turn = angle * norm / size;
+        const double scale = norm / sqrt(ww - 2.0 * turn * (uw - radial * ww) + turn * turn * size_sq);
+        /* An average of updates so small may be 0 though they are not. */
+        const bool turns = rotates & (size_sq > 0) & (size > 0);
+        const double b = turns ? scale * turn : rotates ? 0.0 : lr;
+        const double unless_finite = (all[UU][i] + all[UW][i] + ww) * 0.0; /* NaN */
+        moves->a[i] = (turns ? scale * (1.0 + turn * radial) : 1.0) + unless_finite;
+        moves->b[i] = b + unless_finite;
+        moves->c[i] = b * mean + unless_finite;
+        averages[i] = weights[i] != 0 ? average : averages[i];
+    }
+    for (int64_t i = 0; i < n; i++)
+        t->update_norm_sq[neuron + i] = averages[i];
 }
 
-/* Adds up lanes, in place. */
-static inline double total(double *lanes)
+/* What lanes add up to. */
+static inline double total(Doubles lanes)
 {
-    for (int half = LANES / 2; half; half /= 2)
-        for (int l = 0; l < half; l++)
-            lanes[l] += lanes[l + half];
-    return lanes[0];
+    return ((lanes[0] + lanes[4]) + (lanes[2] + lanes[6])) + ((lanes[1] + lanes[5]) + (lanes[3] + lanes[7]));
 }
 
-/* Neurons that lie in one piece. */
+/* Neurons that lie in one piece; several at a time, if they are short. */
 static void rows(const Tensor *t, int64_t first, int64_t last, float *scratch, int64_t scratch_size)
 {
-    const int64_t length = t->inner;
-    const bool fits = length <= scratch_size; /* else directions are worked out twice */
-    const int used = t->group->center || t->group->forgetful ? SUMS : WW + 1;
-    double lanes[SUMS * LANES], sums[SUMS] = {0};
-    for (int64_t neuron = first; neuron < last; neuron++) {
-        const int64_t start = neuron * length, end = start + length;
-        memset(lanes, 0, used * LANES * sizeof(double));
-        for (int64_t at = start; at < end; at += CHUNK) {
-            const int64_t n = least(CHUNK, end - at);
-            float *u = scratch + (fits ? at - start : 0);
-            (fits ? update_and_sum : sum)(t, lanes, at, n, u);
-            sum_more(t, lanes, false, at, n, u);
+    const int64_t length = t->inner, apart = (length + TILE - 1) / TILE * TILE;
+    const bool fits = apart <= scratch_size; /* else directions are worked out twice */
+    const int64_t together = TOGETHER / length ? least(ROWS, TOGETHER / length) : 1;
+    const bool more = t->group->center || t->group->forgetful;
+    double sums[SUMS * ROWS];
+    Moves moves;
+    for (int64_t neuron = first; neuron < last; neuron += together) {
+        const int64_t count = least(together, last - neuron);
+        for (int64_t k = 0; k < count; k++) {
+            const int64_t start = (neuron + k) * length, end = start + length;
+            Doubles lanes[SUMS] = {{0}};
+            for (int64_t at = start; at < end; at += CHUNK) {
+                const int64_t n = least(CHUNK, end - at);
+                float *u = scratch + (fits ? k * apart + at - start : 0);
+                (fits ? update_and_sum : sum)(t, lanes, at, n, u);
+                if (more)
+                    sum_more(t, (double *)lanes, false, at, n, u);
+            }
+            for (int s = 0; s < (more ? SUMS : WW + 1); s++)
+                sums[s * ROWS + k] = total(lanes[s]);
         }
-        for (int s = 0; s < used; s++)
-            sums[s] = total(lanes + s * LANES);
-        const Move move = close_step(t, neuron, sums);
-        const bool moves = t->group->lr != 0 && move.b != 0;
-        if (fits && !moves)
-            continue;
-        for (int64_t at = start; at < end; at += CHUNK) {
-            const int64_t n = least(CHUNK, end - at);
-            const float *restrict u = scratch + (fits ? at - start : 0);
-            float *restrict w = t->weight + at;
-            if (!fits)
-                update(t, NULL, at, n, scratch);
-            for (int64_t i = 0; moves && i < n; i++)
-                w[i] = move.a * w[i] - (move.b * u[i] - move.c);
+        close_steps(t, neuron, count, sums, ROWS, &moves);
+        for (int64_t k = 0; k < count; k++) {
+            const int64_t start = (neuron + k) * length, end = start + length;
+            const float a = moves.a[k], b = moves.b[k], c = moves.c[k];
+            const bool turns = t->group->lr != 0 && b != 0;
+            if (fits && !turns)
+                continue;
+            for (int64_t at = start; at < end; at += CHUNK) {
+                const int64_t n = least(CHUNK, end - at);
+                const float *restrict u = scratch + (fits ? k * apart + at - start : 0);
+                float *restrict w = t->weight + at;
+                if (!fits)
+                    update(t, NULL, at, n, scratch);
+                for (int64_t i = 0; turns && i < n; i++)
+                    w[i] = a * w[i] - (b * u[i] - c);
+            }
         }
     }
 }
@@ -221,26 +269,33 @@ static void columns(const Tensor *t, int64_t batch, int64_t first, int64_t last,
 {
     const int64_t width = (last - first) * t->inner, stride = t->neurons * t->inner;
     const int64_t start = batch * t->outer * stride + first * t->inner;
-    const bool fits = width * t->outer <= scratch_size - TABLES;
-    double *lanes = (double *)scratch, sums[SUMS];
+    const bool fits = width * t->outer + TILE <= scratch_size - TABLES;
+    double *lanes = (double *)scratch;
     float *restrict a = (float *)(lanes + SUMS * APART), *restrict b = a + PANEL, *restrict c = b + PANEL;
     float *kept = c + PANEL;
     for (int s = 0; s < SUMS; s++)
         memset(lanes + s * APART, 0, width * sizeof(double));
     for (int64_t r = 0; r < t->outer; r++) {
         float *u = kept + (fits ? r * width : 0);
-        (fits ? update_and_sum_columns : sum_columns)(t, lanes, start + r * stride, width, u);
+        (fits ? update_and_sum_columns : sum_columns)(t, (Doubles *)lanes, start + r * stride, width, u);
         sum_more(t, lanes, true, start + r * stride, width, u);
     }
-    for (int64_t l = 0; l < width; l += t->inner) {
-        for (int s = 0; s < SUMS; s++) {
-            sums[s] = 0;
-            for (int64_t k = l; k < l + t->inner; k++)
-                sums[s] += lanes[s * APART + k];
+    if (t->inner > 1)
+        for (int s = 0; s < SUMS; s++)
+            for (int64_t k = 0; k < last - first; k++) {
+                double sum = 0;
+                for (int64_t i = 0; i < t->inner; i++)
+                    sum += lanes[s * APART + k * t->inner + i];
+                lanes[s * APART + k] = sum;
+            }
+    for (int64_t k = 0; k < last - first; k += ROWS) {
+        const int64_t n = least(ROWS, last - first - k);
+        Moves moves;
+        close_steps(t, batch * t->neurons + first + k, n, lanes + k, APART, &moves);
+        for (int64_t l = 0; l < n * t->inner; l++) {
+            const int64_t to = k * t->inner + l, from = l / t->inner;
+            a[to] = moves.a[from], b[to] = moves.b[from], c[to] = moves.c[from];
         }
-        const Move move = close_step(t, batch * t->neurons + first + l / t->inner, sums);
-        for (int64_t k = l; k < l + t->inner; k++)
-            a[k] = move.a, b[k] = move.b, c[k] = move.c;
     }
     for (int64_t r = 0; r < t->outer; r++) {
         const float *restrict u = kept + (fits ? r * width : 0);
