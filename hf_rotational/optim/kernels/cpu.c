@@ -123,6 +123,8 @@ sweep(const Tensor *tensor, const int kind, const bool keep, Doubles *sums, bool
         __builtin_prefetch(t->weight + at + i + AHEAD, 1);
         __builtin_prefetch(t->first + at + i + AHEAD, 1);
         __builtin_prefetch(t->second + at + i + AHEAD, 1);
+        if (spread)
+            __builtin_prefetch(u + i + AHEAD, 1);
         tile(t, kind, keep, at + i, TILE, u + i, sums, spread, uu, uw, ww);
         if (spread)
             uu += TILE / LANES, uw += TILE / LANES, ww += TILE / LANES;

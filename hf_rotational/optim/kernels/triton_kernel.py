@@ -19,11 +19,12 @@ import triton
 import triton.language as tl
 
 # Columns of the table, 8 bytes each: integers and addresses, then numbers.
-FIRST_TILE, VARIANT, NEURONS, SPAN, PART, FIRST_PART, SEED = map(tl.constexpr, range(7))
-WEIGHT, GRAD, FIRST, SECOND, COMPENSATION, NORM, UPDATE_NORM_SQ = map(tl.constexpr, range(7, 14))
-SIGN, L2_FIRST, L2_SECOND, BETA1, NEW1, BETA2, NEW2, ROOT_SCALE, EPS = map(tl.constexpr, range(14, 23))
-LR, KEPT, ANGLE, NEW_SIZE, RELATIVE, CORRECTION, ROTATIONAL_EPS = map(tl.constexpr, range(23, 30))
-COLUMNS = tl.constexpr(30)
+FIRST_TILE, VARIANT, NEURONS, SPAN, PART = map(tl.constexpr, range(5))
+WEIGHT, FIRST, SECOND, COMPENSATION, NORM, UPDATE_NORM_SQ = map(tl.constexpr, range(5, 11))
+# From here on they change from step to step.
+GRAD, SEED, SIGN, L2_FIRST, L2_SECOND, BETA1, NEW1, BETA2, NEW2 = map(tl.constexpr, range(11, 20))
+ROOT_SCALE, EPS, LR, KEPT, ANGLE, NEW_SIZE, RELATIVE, CORRECTION, ROTATIONAL_EPS = map(tl.constexpr, range(20, 29))
+COLUMNS = tl.constexpr(29)
 
 PARTIALS = tl.constexpr(8)
 """Room for what a part of a neuron leaves: six sums, and the average so far."""
@@ -277,7 +278,7 @@ def _part(row, tile, aligned: tl.constexpr):
     span, length = _size(row, SPAN, aligned), _size(row, PART, aligned)
     parts = tl.cdiv(span, length)
     neuron, start = tile // parts, tile % parts * length
-    slot = tl.load(row + FIRST_PART) + neuron * parts
+    slot = tl.load(row + FIRST_TILE) + neuron * parts  # tensors with shared neurons come first
     return neuron + tl.zeros([1, 1], tl.int64), neuron * span, start, tl.minimum(start + length, span), parts, slot
 
 
@@ -335,14 +336,16 @@ def _take(
     finishes: tl.constexpr,
 ):
     variant: tl.constexpr = variants[place]
-    if variant.form == "plain":
-        _descend(row, tile, settings, variant)
-    elif variant.form != "shared":
-        _turn(row, tile, settings, variant)
-    elif finishes:
-        _finish(row, tile, partials, settings, variant)
-    else:
-        _leave_sums(row, tile, partials, settings, variant)
+    if variant.form == "shared":
+        if finishes:
+            _finish(row, tile, partials, settings, variant)
+        else:
+            _leave_sums(row, tile, partials, settings, variant)
+    elif not finishes:
+        if variant.form == "plain":
+            _descend(row, tile, settings, variant)
+        else:
+            _turn(row, tile, settings, variant)
 
 
 @triton.jit
@@ -357,7 +360,8 @@ def rotational_step(
     """Takes one tile's step.
 
     Args:
-        table: ``rows`` of :data:`COLUMNS`, a power of 2; rows beyond the tensors' begin at a tile that never comes.
+        table: ``rows`` of :data:`COLUMNS`, a power of 2; rows beyond the tensors' begin at a tile that never comes,
+            and those whose gradient has the address 0 are not stepped.
         partials: sums that programs leave for the second launch.
         variants: that ``VARIANT`` numbers.
         finishes: whether this is that launch.
@@ -366,6 +370,7 @@ def rotational_step(
     first_tiles = tl.load(table + tl.arange(0, rows) * COLUMNS + FIRST_TILE)
     row = table + (tl.sum((first_tiles <= program).to(tl.int32), 0) - 1) * COLUMNS
     tile = program - tl.load(row + FIRST_TILE)
+    present = tl.load(row + GRAD) != 0
     for place in tl.static_range(len(variants)):
-        if tl.load(row + VARIANT) == place:
+        if present & (tl.load(row + VARIANT) == place):
             _take(row, tile, partials, settings, variants, place, finishes)

@@ -1,4 +1,4 @@
-"""The CUDA kernel without a GPU: compiled for one, and interpreted on the CPU (by the cases in ``triton_cases.py``)."""
+"""The CUDA kernel without a GPU: compiled for one, and interpreted on the CPU (``triton_*cases.py``)."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import nn
 
 from hf_rotational import RotationalAdamW
 from hf_rotational.optim.kernels import cpu, cuda
-from tests.helpers import gradient, noise
+from tests.helpers import exactly_equal, gradient, noise
 
 ROOT = Path(__file__).parents[3]
 
@@ -46,15 +46,52 @@ def test_without_triton_fused_says_so_and_auto_does_without(monkeypatch: pytest.
 
 def test_interpreted_it_does_what_the_formulas_say() -> None:
     pytest.importorskip("triton")
-    cases = Path(__file__).with_name("triton_cases.py")
+    cases = map(str, Path(__file__).parent.glob("triton_*cases.py"))
     run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(cases)],
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *cases],
         cwd=ROOT,
         env={**os.environ, "TRITON_INTERPRET": "1"},
         capture_output=True,
         text=True,
     )
     assert run.returncode == 0, run.stdout + run.stderr
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.filterwarnings("ignore:The CUDA Graph is empty")
+def test_on_a_gpu_it_follows_float64_repeats_bit_for_bit_and_waits_for_nothing() -> None:
+    optimizer, params = take_steps("cuda", torch.float32, "fused")
+    _, again = take_steps("cuda", torch.float32, "fused")
+    _, exact = take_steps("cpu", torch.float64, "eager")
+    exactly_equal([p.detach() for p in again], [p.detach() for p in params])
+    for parameter, twin in zip(params, exact, strict=True):
+        torch.testing.assert_close(parameter.detach().cpu().double(), twin.detach(), rtol=0, atol=5e-6)
+    with torch.cuda.graph(torch.cuda.CUDAGraph()), pytest.raises(RuntimeError, match="cannot be captured"):
+        optimizer.step()
+
+
+def take_steps(device: str, dtype: torch.dtype, backend: str) -> tuple[RotationalAdamW, list[nn.Parameter]]:
+    """Six under a schedule, with rows, shared rows, columns and a vector, one of which each step has no gradient for.
+    From the second on nothing may wait for the device."""
+    shapes = [(64, 96), (2, 70_000), (70, 33), (129,)]
+    params = [nn.Parameter(noise(*shape, seed=seed).to(device, dtype)) for seed, shape in enumerate(shapes)]
+    columns = {"params": params[2:], "neuron_dims": (1,)}
+    optimizer = RotationalAdamW([{"params": params[:2]}, columns], weight_decay=0.1, backend=backend)
+    for step, lr in enumerate([1e-3, 1e-2, 5e-3, 0.0, 2e-3, 1e-3]):
+        for place, parameter in enumerate(params):
+            # In float32 first, so that all see the same numbers.
+            grad = None if step % 5 == place + 1 else noise(*shapes[place], seed=100 * step + place).float()
+            parameter.grad = None if grad is None else grad.to(device, dtype)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        if device == "cuda":
+            torch.cuda.set_sync_debug_mode("error" if step else "default")
+        try:
+            optimizer.step()
+        finally:
+            if device == "cuda":
+                torch.cuda.set_sync_debug_mode("default")
+    return optimizer, params
 
 
 FORMS = {

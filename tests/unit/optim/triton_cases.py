@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 
 from hf_rotational import RotationalAdamW, RotationalSGD
-from hf_rotational.optim.kernels import cpu, cuda, triton
 from tests.helpers import (
     LR,
     PLAIN,
@@ -34,8 +33,10 @@ from tests.helpers import (
     train_on,
 )
 from tests.reference import rotational as reference
+from tests.unit.optim.on_triton import FLOAT32, NEAR, Launches, float32, fused
 from tests.unit.optim.test_exactness import VARIANTS, Variant, variants
 
+pytest_plugins = ["tests.unit.optim.on_triton"]
 # numpy, which the interpreter computes with, warns of what rows without a norm divide by.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
@@ -54,34 +55,6 @@ LAYOUTS: dict[str, tuple[tuple[int, ...], dict[str, Any]]] = {
     "a whole tensor that programs share": ((3, 100, 60), {"granularity": "tensor"}),
 }
 layouts = pytest.mark.parametrize(("shape", "group"), LAYOUTS.values(), ids=LAYOUTS)
-FLOAT32 = 5e-6
-"""A few roundings a step of weights of size 1 to 4."""
-
-
-@pytest.fixture(autouse=True)
-def launches(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """CPU tensors are the CUDA kernel's, and neurons shared from 10,000 entries on. Lists tiles of every launch."""
-    tiles: list[int] = []
-
-    class Counted:
-        def __getitem__(self, grid: tuple[int]) -> Any:
-            tiles.append(*grid)
-            return kernel[grid]
-
-    kernel = triton.rotational_step
-    monkeypatch.setattr(triton, "rotational_step", Counted())
-    monkeypatch.setattr(triton, "SHARED", 10_000)
-    monkeypatch.setattr(cuda, "DEVICE", "cpu")
-    monkeypatch.setattr(cpu, "takes", lambda *_: False)
-    return tiles
-
-
-def fused(build: Any, params: Any, **options: Any) -> Any:
-    return make(build, params, backend="fused", **options)
-
-
-def float32(*shape: int, seed: int = 0) -> nn.Parameter:
-    return nn.Parameter(noise(*shape, seed=seed, dtype=torch.float32))
 
 
 def as_rows(tensor: Tensor, group: dict[str, Any]) -> reference.Array:
@@ -105,13 +78,13 @@ def assert_follows_formulas(
 
 @variants
 @pytest.mark.parametrize("centering", ["none", "updates", "weights"])
-def test_every_optimizer_and_centering(centering: str, variant: Variant, launches: list[int]) -> None:
+def test_every_optimizer_and_centering(centering: str, variant: Variant, launches: Launches) -> None:
     assert_follows_formulas(variant, (5, 9), 8, {}, centering)
     assert launches == [1] * 7
 
 
 @layouts
-def test_every_layout(shape: tuple[int, ...], group: dict[str, Any], launches: list[int]) -> None:
+def test_every_layout(shape: tuple[int, ...], group: dict[str, Any], launches: Launches) -> None:
     # Not Adam's first update: it is signs, which are all the same in some short neurons, and then rounding turns them.
     assert_follows_formulas(VARIANTS["sgd_nesterov"], shape, 3, group, "updates")
     assert len(launches) == (4 if math.prod(shape) > 10_000 else 2)
@@ -124,7 +97,7 @@ def test_long_rows(shape: tuple[int, ...], name: str) -> None:
 
 
 @pytest.mark.parametrize("name", WRITTEN_OUT)
-def test_what_does_not_rotate_takes_the_plain_step(name: str, launches: list[int]) -> None:
+def test_what_does_not_rotate_takes_the_plain_step(name: str, launches: Launches) -> None:
     sizes = [(7,), (2049,)]
     params = [float32(*shape) for shape in sizes]
     twins = [nn.Parameter(parameter.detach().double()) for parameter in params]
@@ -182,9 +155,6 @@ def test_options_and_schedules_as_in_float64(options: dict[str, Any], name: str)
         for key, value in exact.state[twin].items():
             found = optimizer.state[parameter][key]
             torch.testing.assert_close(torch.as_tensor(found).double(), torch.as_tensor(value).double(), **NEAR)
-
-
-NEAR = {"rtol": 1e-5, "atol": 1e-6}
 
 
 @layouts
@@ -246,7 +216,7 @@ def test_what_rounding_leaves_of_a_radial_or_constant_update_turns_nothing(
     exactly_equal(parameter.detach(), before)
 
 
-def test_a_step_repeats_bit_for_bit_and_is_one_launch_or_two(launches: list[int]) -> None:
+def test_a_step_repeats_bit_for_bit_and_is_one_launch_or_two(launches: Launches) -> None:
     shapes = [(5, 7), (70, 5), (2, 4097), (40,), (3, 4, 5)]
 
     def run(*more: tuple[int, ...]) -> list[nn.Parameter]:
@@ -282,7 +252,7 @@ def test_checkpoints_go_from_backend_to_backend() -> None:
     [{"gains": "learned"}, {"centering": "learned"}, {"dtype": torch.float64}, {"neuron_dims": (1,)}],
     ids=str,
 )
-def test_what_the_kernel_has_not_runs_elsewhere(options: dict[str, Any], launches: list[int]) -> None:
+def test_what_the_kernel_has_not_runs_elsewhere(options: dict[str, Any], launches: Launches) -> None:
     dtype = options.pop("dtype", torch.float32)
     group = {"neuron_dims": options.pop("neuron_dims", (0,))}
     params, twins = ([nn.Parameter(noise(3, 4, 2, dtype=dtype))] for _ in range(2))
