@@ -38,6 +38,7 @@ test: $(READY) ## Run the tests (all but those marked slow)
 	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadscope $(PYTEST_ARGS)
 
 bench: $(READY) ## Time a step of every optimizer, and write benchmarks/results/optimizer_speed.json
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -e ".[bench]" -c $(CONSTRAINTS)
 	$(BIN)/python -m benchmarks.optimizer_speed
 
 lint: $(READY) ## Check style, formatting and types

@@ -95,9 +95,10 @@ OPTIMIZERS: dict[str, Callable[[nn.Module], torch.optim.Optimizer]] = {
 if hasattr(torch.optim, "Muon"):
     OPTIMIZERS["torch Muon (matrices alone)"] = lambda model: torch.optim.Muon(matrices_of(model), lr=LR)
 try:
-    from pytorch_optimizer import AdamP
+    from pytorch_optimizer import AdamP, Lion
 
     OPTIMIZERS["pytorch_optimizer AdamP"] = plain(AdamP)
+    OPTIMIZERS["pytorch_optimizer Lion"] = plain(Lion)
 except ImportError:
     pass
 # A step of it takes seconds, and orthogonalizes matrices that nobody trains with it.
