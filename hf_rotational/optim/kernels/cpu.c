@@ -172,8 +172,9 @@ typedef struct {
     float a[ROWS], b[ROWS], c[ROWS];
 } Moves;
 
-/* Closes the step of up to ROWS neurons, from the given one on, whose sums lie side by side: as vectors, since the roots
-and divisions of one neuron after the other would take as long as the entries of a short one. */
+/* Closes the step of up to ROWS neurons, from the given one on, whose sums lie side by side. As vectors, since the roots
+and divisions of one neuron after the other would take as long as the entries of a short one: so nothing branches, not
+even by && and nested conditions, which compilers make branches of. */
 static void close_steps(const Tensor *t, int64_t neuron, int64_t n, const double *sums, int64_t apart, Moves *moves)
 {
     const Group *group = t->group;
@@ -181,39 +182,39 @@ static void close_steps(const Tensor *t, int64_t neuron, int64_t n, const double
     const double fan_in = (double)t->outer * t->inner, share = center ? 1.0 / fan_in : 0.0;
     const double angle = group->angle, lr = group->lr, eps = group->rotational_eps;
     const double late = t->late, fresh = 1.0 - group->decay, relative_sq = t->relative_size_sq;
-    double all[SUMS][ROWS], norms[ROWS], averages[ROWS], weights[ROWS];
-    for (int64_t i = 0; i < ROWS; i++) {
-        const int64_t at = i < n ? i : 0; /* vectors are whole */
-        for (int s = UU; s <= WW; s++)
-            all[s][i] = sums[s * apart + at];
-        all[U][i] = center ? sums[U * apart + at] : 0.0;
-        all[W][i] = center ? sums[W * apart + at] : 0.0;
-        norms[i] = t->norm[neuron + at];
-        averages[i] = t->update_norm_sq[neuron + at];
-        weights[i] = forgetful && !(sums[GRADS * apart + at] > 0) ? 0.0 : averages[i] == 0 ? late : fresh;
+    double all[SUMS][ROWS] = {{0}}, norms[ROWS] = {0}, averages[ROWS] = {0}, weights[ROWS] = {0};
+    for (int s = 0; s < SUMS; s++)
+        if (s <= WW || (s == GRADS ? forgetful : center))
+            memcpy(all[s], sums + s * apart, n * sizeof(double));
+    for (int64_t i = 0; i < n; i++) {
+        norms[i] = t->norm[neuron + i];
+        averages[i] = t->update_norm_sq[neuron + i];
+        weights[i] = forgetful && !(all[GRADS][i] > 0) ? 0.0 : averages[i] == 0 ? late : fresh;
     }
     for (int64_t i = 0; i < ROWS; i++) {
         const double norm = norms[i], mean = share * all[U][i], ww = all[WW][i];
         const double uu = all[UU][i] - mean * all[U][i], uw = all[UW][i] - mean * all[W][i];
-        const bool rotates = norm > 0;
-        const double inverse_sq = rotates ? 1.0 / (norm * norm) : 0.0, radial = uw * inverse_sq;
+        const double norm_sq = norm > 0 ? norm * norm : INFINITY, radial = uw / norm_sq;
         const double removed_sq = mean * mean * fan_in + uw * radial;
-        const double tangent_sq = (float)(uu - 2.0 * radial * uw + radial * radial * ww);
+        const float tangent_sq = uu - 2.0 * radial * uw + radial * radial * ww;
         const double size_sq = tangent_sq > ROUNDING_SQ * removed_sq ? tangent_sq : 0.0;
-        const double average = (float)(averages[i] + weights[i] * (size_sq / relative_sq - averages[i]));
+        const float average = averages[i] + weights[i] * (size_sq / relative_sq - averages[i]);
         const double size = sqrt(average * relative_sq / late) + eps, turn = angle * norm / size;
         const double scale = norm / sqrt(ww - 2.0 * turn * (uw - radial * ww) + turn * turn * size_sq);
+        const double a = scale * (1.0 + turn * radial), b = scale * turn, b_else = norm > 0 ? 0.0 : lr;
         /* An average of updates so small may be 0 though they are not. */
-        const bool turns = rotates & (size_sq > 0) & (size > 0);
-        const double b = turns ? scale * turn : rotates ? 0.0 : lr;
+        const double turns = (norm > 0 ? 1.0 : 0.0) * (size_sq > 0 ? 1.0 : 0.0) * (size > 0 ? 1.0 : 0.0);
+        const double b_now = turns > 0 ? b : b_else;
         const double unless_finite = (all[UU][i] + all[UW][i] + ww) * 0.0; /* NaN */
-        moves->a[i] = (turns ? scale * (1.0 + turn * radial) : 1.0) + unless_finite;
-        moves->b[i] = b + unless_finite;
-        moves->c[i] = b * mean + unless_finite;
+        all[UU][i] = (turns > 0 ? a : 1.0) + unless_finite;
+        all[UW][i] = b_now + unless_finite;
+        all[WW][i] = b_now * mean + unless_finite;
         averages[i] = weights[i] != 0 ? average : averages[i];
     }
-    for (int64_t i = 0; i < n; i++)
+    for (int64_t i = 0; i < n; i++) {
+        moves->a[i] = all[UU][i], moves->b[i] = all[UW][i], moves->c[i] = all[WW][i];
         t->update_norm_sq[neuron + i] = averages[i];
+    }
 }
 
 /* What lanes add up to. */
