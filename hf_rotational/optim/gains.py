@@ -43,7 +43,7 @@ class Coordinates:
         }
         for name, grads in self.grads.items():
             values = [state[name] for state in states]
-            moments = [_moments(state, name, inner, own) for state in states]
+            moments = [{key: state[f"{name}_{key}"] for key in _moments(inner, own)} for state in states]
             inner.descend_(values, inner.directions(list(grads), values, moments, own, rotates=False), own)
 
     def put_together_(self, weight: Tensor, states: list[State], smallest: float) -> None:
@@ -56,10 +56,24 @@ class Coordinates:
         """
         if "gain" in self.grads:
             for state in states:
-                state["norm"] = torch.where(state["norm"] == 0, 0.0, state["gain"].abs().clamp(min=smallest))
+                norm = state["gain"].abs().clamp_(min=smallest)
+                state["norm"].copy_(norm.masked_fill_(state["norm"] == 0, 0.0))
             weight.mul_(_scale(states) / self.scale)
         if "mean" in self.grads:
             weight.add_(stacked([state["mean"] for state in states]))
+
+
+def count(states: list[State], inner: Inner, group: Group) -> None:
+    """Counts one more step of what tensors learn, and makes what is missing of it."""
+    for state in states:
+        if group["gains"] == "learned" and "gain" not in state:
+            state["gain"] = state["norm"].clone()
+        for name in learned(group):
+            for key in _moments(inner, group):
+                if f"{name}_{key}" not in state:
+                    state[f"{name}_{key}"] = torch.tensor(0.0) if key == "step" else torch.zeros_like(state[name])
+    for name in learned(group):
+        torch._foreach_add_([state[f"{name}_step"] for state in states], 1)
 
 
 def take_apart_(
@@ -70,7 +84,7 @@ def take_apart_(
     Args:
         weight: a stack of weights of one shape, in the dtype to compute in.
         grad: of the weights.
-        states: one dict a tensor, which has its norm, and its mean if that is learned.
+        states: one dict a tensor, which has its norm, and what is learned.
         group: the hyperparameters.
         dims: the dims one neuron spans in the stack.
     """
@@ -78,10 +92,6 @@ def take_apart_(
     if learns_mean(group):
         weight.sub_(stacked([state["mean"] for state in states]))
         grads["mean"] = yield grad.sum(dims, keepdim=True)
-    if group["gains"] == "learned":
-        for state in states:
-            if "gain" not in state:
-                state["gain"] = state["norm"].clone()
     scale = _scale(states)
     if group["gains"] == "learned":
         none = stacked([state["norm"] for state in states]) == 0
@@ -94,9 +104,15 @@ def learns_mean(group: Group) -> bool:
     return bool(group["centering"] == "learned")
 
 
+def learned(group: Group) -> list[str]:
+    """Names of what a group's neurons learn besides their direction."""
+    names = {"gain": group["gains"] == "learned", "mean": learns_mean(group)}
+    return [name for name, is_learned in names.items() if is_learned]
+
+
 def learns(group: Group) -> bool:
     """Whether a group's neurons learn anything besides their direction."""
-    return bool(group["gains"] == "learned" or learns_mean(group))
+    return bool(learned(group))
 
 
 def smallest_norm(fan_in: int, stored: torch.dtype, computed: torch.dtype) -> float:
@@ -126,10 +142,6 @@ def _scale(states: list[State]) -> Tensor:
     return scale.copysign(stacked([state["gain"] for state in states])) if "gain" in states[0] else scale
 
 
-def _moments(state: State, name: str, inner: Inner, group: Group) -> State:
-    """The inner's state of one coordinate, whose tensors it updates in place."""
-    start = {"step": torch.tensor(0.0), **dict.fromkeys(inner.buffers(group))}
-    return {
-        key: state.setdefault(f"{name}_{key}", torch.zeros_like(state[name]) if value is None else value)
-        for key, value in start.items()
-    }
+def _moments(inner: Inner, group: Group) -> tuple[str, ...]:
+    """Names of what the inner keeps of one coordinate."""
+    return ("step", *inner.buffers(group))

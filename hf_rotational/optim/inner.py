@@ -45,7 +45,7 @@ class Inner(ABC):
         Args:
             grads: gradients, in the dtype of the states.
             weights: the weights, for L2 regularization.
-            states: one dict a tensor; ``state["step"]`` is counted here.
+            states: one dict a tensor, all of one age; ``state["step"]`` has counted this step.
             group: the hyperparameters.
             rotates: leave L2 out of the direction: on the sphere weight decay only sets the angle.
         """
@@ -95,17 +95,17 @@ class AdamW(Inner):
         return self._adam(grads, grads, states, group)
 
     def _adam(self, grads: list[Tensor], squared: list[Tensor], states: list[State], group: Group) -> list[Tensor]:
-        beta1, beta2 = group["betas"]
-        steps = count_steps(states)
+        (beta1, beta2), eps, step = group["betas"], group["eps"], step_of(states)
         means = [state["exp_avg"] for state in states]
         squares = [state["exp_avg_sq"] for state in states]
         torch._foreach_lerp_(means, grads, 1 - beta1)
         torch._foreach_mul_(squares, beta2)
         torch._foreach_addcmul_(squares, squared, squared, 1 - beta2)
         roots = torch._foreach_sqrt(squares)
-        torch._foreach_div_(roots, [math.sqrt(1 - beta2**step) for step in steps])
-        torch._foreach_add_(roots, group["eps"])
-        torch._foreach_mul_(roots, [1 - beta1**step for step in steps])
+        # Both corrections of biases in the denominator: (1 - b1^t) (sqrt(v/(1 - b2^t)) + eps).
+        corrected = 1 - beta1**step
+        torch._foreach_mul_(roots, corrected / math.sqrt(1 - beta2**step))
+        torch._foreach_add_(roots, corrected * eps)
         return list(torch._foreach_div(means, roots))
 
     def rotation(self, group: Group, lr: float) -> float:
@@ -162,16 +162,15 @@ class SGD(Inner):
     def directions(
         self, grads: list[Tensor], weights: list[Tensor], states: list[State], group: Group, *, rotates: bool
     ) -> list[Tensor]:
-        steps = count_steps(states)
         if not rotates:
             grads = with_l2(grads, weights, group)
         if not group["momentum"]:
             return list(torch._foreach_mul(grads, 1.0))  # copies: the caller overwrites updates
         buffers = [state["momentum_buffer"] for state in states]
         # The first gradient enters undamped, as in torch.
-        shares_of_new = [1.0 if step == 1 else 1.0 - group["dampening"] for step in steps]
+        new = 1.0 if step_of(states) == 1 else 1.0 - group["dampening"]
         torch._foreach_mul_(buffers, group["momentum"])
-        torch._foreach_add_(buffers, torch._foreach_mul(grads, shares_of_new))
+        torch._foreach_add_(buffers, grads, alpha=new)
         if group["nesterov"]:
             return list(torch._foreach_add(grads, buffers, alpha=group["momentum"]))
         return list(torch._foreach_mul(buffers, 1.0))  # copies: the caller overwrites updates
@@ -211,7 +210,6 @@ class Lion(Inner):
         self, grads: list[Tensor], weights: list[Tensor], states: list[State], group: Group, *, rotates: bool
     ) -> list[Tensor]:
         beta1, beta2 = group["betas"]
-        count_steps(states)
         means = [state["exp_avg"] for state in states]
         updates = list(torch._foreach_lerp(means, grads, 1 - beta1))
         torch._foreach_sign_(updates)
@@ -233,6 +231,11 @@ def count_steps(states: list[State]) -> list[int]:
     steps = [state["step"] for state in states]
     torch._foreach_add_(steps, 1)
     return [int(step.item()) for step in steps]
+
+
+def step_of(states: list[State]) -> int:
+    """The number of this step, which all states have counted."""
+    return int(states[0]["step"].item())
 
 
 def with_l2(grads: list[Tensor], weights: list[Tensor], group: Group) -> list[Tensor]:

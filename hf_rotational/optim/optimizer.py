@@ -19,9 +19,11 @@ from hf_rotational.optim.kernels.build import unavailable
 from hf_rotational.optim.kernels.cpu import FusedStep
 from hf_rotational.optim.sharding import REMEDY, Sums, complete, is_sharded, local, split_over
 from hf_rotational.optim.state import check_state, take_tensors
-from hf_rotational.optim.step import Step, age
+from hf_rotational.optim.step import Step
 
 BACKENDS = ("auto", "fused", "eager", "foreach")
+HISTORY = ("step", "rotation_step", "centered", "gain_step", "mean_step")
+"""Numbers of a state that must be the same in tensors that are stepped together."""
 
 
 class RotationalOptimizer(torch.optim.Optimizer):
@@ -70,8 +72,8 @@ class RotationalOptimizer(torch.optim.Optimizer):
         backend: ``"fused"`` steps float32 weights on a CPU in one pass over memory, by a kernel that the system's C
             compiler builds at the first step, weights on CUDA devices by a Triton kernel, and what these cannot step
             as ``"auto"`` would (docs/speed.md); ``"eager"`` works tensor by tensor, with little memory; ``"foreach"``
-            on all tensors of a shape at once, with few kernel launches; ``"auto"`` takes foreach on accelerators and
-            fused on CPUs, without a compiler eager.
+            on all tensors of a shape at once, with few kernel launches; on a CPU both work in blocks that fit its
+            cache; ``"auto"`` takes foreach on accelerators and fused on CPUs, without a compiler eager.
         maximize: step uphill.
 
     Raises:
@@ -185,6 +187,7 @@ class RotationalOptimizer(torch.optim.Optimizer):
             for group, left in zip(self.param_groups, rest, strict=True)
             for parameters, dims in self._alike(group, left)
         )
+        self._after_step()
         return loss
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -265,6 +268,9 @@ class RotationalOptimizer(torch.optim.Optimizer):
     def _before_step(self) -> None:
         self._measure_match_rms()
 
+    def _after_step(self) -> None:
+        """For what may go once every parameter has been stepped."""
+
     def _check_whole(self) -> None:
         """Refuses to take pieces for what they are of: a plausible update, but not of their neurons."""
         now = [[parameter.shape for parameter in group["params"]] for group in self.param_groups]
@@ -303,14 +309,14 @@ class RotationalOptimizer(torch.optim.Optimizer):
             if parameter.grad is None:
                 continue
             dims = neuron_span(parameter, group)
+            key: Any = (dims, parameter)
             if multi_tensor(parameter, group):
                 state = self.state[parameter]
-                # Rotating tensors are stacked, so they must agree in shape and in what the core takes as a number.
+                # Rotating tensors are stacked, so they must also agree in shape.
+                history = tuple([int(state[name]) for name in HISTORY if name in state])
                 spread = (getattr(parameter, "placements", None), getattr(parameter, "device_mesh", None))
-                same = (parameter.shape, state.get("rotation_step"), state.get("centered"), age(state)) if dims else ()
-                key = (dims, parameter.device, parameter.dtype, spread, *same)
-            else:
-                key = (dims, parameter)
+                shape = parameter.shape if dims else None
+                key = (dims, parameter.device, parameter.dtype, spread, history, tuple(state), shape)
             buckets.setdefault(key, []).append(parameter)
         for key, parameters in buckets.items():
             yield parameters, key[0]
@@ -355,8 +361,8 @@ def matrix_shapes(group: Group) -> list[torch.Size]:
 
 
 def multi_tensor(parameter: Tensor, group: Group) -> bool:
-    """Whether the group's backend steps this parameter together with others."""
-    return group["backend"] == "foreach" or (group["backend"] != "eager" and parameter.device.type != "cpu")
+    """Whether the group's backend steps this parameter together with others, as each does on a CPU, in blocks."""
+    return group["backend"] != "eager" or parameter.device.type == "cpu"
 
 
 def rms_of(parameters: list[Tensor]) -> list[float]:

@@ -31,29 +31,50 @@ def read(parameter: Tensor, state: dict[str, Any], rounding: str) -> Tensor:
     return weight
 
 
-def write(parameter: Tensor, weight: Tensor, state: dict[str, Any], rounding: str, place: int) -> None:
-    """Stores a weight that :func:`read` gave and a step has changed.
+def prepare(parameter: Tensor, state: dict[str, Any], rounding: str, place: int) -> torch.Generator | None:
+    """Makes what a rounding keeps of a parameter, once a step that changes it; returns what stochastic rounding draws
+    from.
 
     Args:
-        parameter: where to.
-        weight: in the dtype computed in.
+        parameter: in the dtype it is stored in.
         state: the parameter's; holds the Kahan compensation, or how often it was rounded stochastically.
         rounding: one of :data:`ROUNDINGS`.
         place: of the parameter in its optimizer. Place and count seed the stochastic rounding, so that it repeats when
             a run is resumed and replicas of a parameter do not drift apart.
     """
+    if parameter.dtype == compute_dtype(parameter):
+        return None
+    if rounding == "kahan" and COMPENSATION not in state:
+        state[COMPENSATION] = torch.zeros_like(parameter)
+    if rounding != "stochastic":
+        return None
+    state["roundings"] = state.get("roundings", 0) + 1
+    return torch.Generator(parameter.device).manual_seed((place << 32) + state["roundings"])
+
+
+def write(
+    parameter: Tensor, weight: Tensor, state: dict[str, Any], rounding: str, draws: torch.Generator | None
+) -> None:
+    """Stores a weight that :func:`read` gave and a step has changed, in the way that :func:`prepare` has made ready.
+
+    Args:
+        parameter: where to, or a part of it.
+        weight: in the dtype computed in.
+        state: the parameter's, or a part of it.
+        rounding: one of :data:`ROUNDINGS`.
+        draws: what stochastic rounding draws from.
+    """
     if weight.dtype == parameter.dtype:
         return  # computed in place
-    if rounding == "stochastic":
-        state["roundings"] = state.get("roundings", 0) + 1
-        parameter.copy_(stochastically_rounded(weight, parameter.dtype, seed=(place << 32) + state["roundings"]))
+    if draws is not None:
+        parameter.copy_(stochastically_rounded(weight, parameter.dtype, draws))
         return
     parameter.copy_(weight)
     if rounding == "kahan":
-        state[COMPENSATION] = (weight - parameter).to(parameter.dtype)
+        state[COMPENSATION].copy_(weight - parameter)
 
 
-def stochastically_rounded(tensor: Tensor, dtype: torch.dtype, seed: int) -> Tensor:
+def stochastically_rounded(tensor: Tensor, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
     """``tensor`` in a narrower dtype: each entry one of its two neighbours there, right on average.
 
     Entries the dtype holds exactly, infinities and NaN stay as they are.
@@ -63,6 +84,5 @@ def stochastically_rounded(tensor: Tensor, dtype: torch.dtype, seed: int) -> Ten
     towards = torch.where(error > 0, torch.inf, -torch.inf).to(dtype)
     other = torch.nextafter(nearest, towards)
     gap = (other.to(tensor.dtype) - nearest).abs()
-    generator = torch.Generator(tensor.device).manual_seed(seed)
     draw = torch.rand(tensor.shape, generator=generator, device=tensor.device, dtype=tensor.dtype)
     return torch.where(draw * gap < error.abs(), other, nearest)

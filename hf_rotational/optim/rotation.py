@@ -87,25 +87,34 @@ def rotate_(
         learns: per neuron, whether this update counts in the running average; ``None``: all do.
     """
     rotates = norm > 0
+    rests = ~rotates
     # A neuron of norm 0 has no tangent space: its update stays as it is.
-    inverse_sq = torch.where(rotates, norm.square().reciprocal(), 0.0)
-    removed_sq = (yield from center_(update, dims, fan_in)).square() * fan_in if center else 0.0
+    inverse_sq = norm.square().reciprocal_().masked_fill_(rests, 0.0)
+    mean = (yield from center_(update, dims, fan_in)) if center else None
     projection = yield (update * weight).sum(dims, keepdim=True)
-    removed_sq = removed_sq + projection.square() * inverse_sq
-    update.addcmul_(weight, projection * inverse_sq, value=-1)
+    radial = projection * inverse_sq
+    removed_sq = projection * radial
+    if mean is not None:
+        removed_sq += mean.square() * fan_in
+    update.addcmul_(weight, radial, value=-1)
     size_sq = yield update.square().sum(dims, keepdim=True)
     # Scaled up to the target angle, the rounding of a purely radial or constant update would be a full step of noise.
-    size_sq = size_sq.where(size_sq > ROUNDING_SQ * torch.finfo(size_sq.dtype).eps ** 2 * removed_sq, 0.0)
-    late_size_sq = size_sq / relative_size_sq
-    first = update_norm_sq == 0
-    update_norm_sq.lerp_(late_size_sq if learns is None else late_size_sq.where(learns, update_norm_sq), 1 - decay)
+    is_noise = (size_sq > removed_sq.mul_(ROUNDING_SQ * torch.finfo(size_sq.dtype).eps ** 2)).logical_not_()
+    late_size_sq = size_sq.masked_fill(is_noise, 0.0)
+    if relative_size_sq != 1:
+        late_size_sq /= relative_size_sq
+    if learns is not None:
+        late_size_sq = late_size_sq.where(learns, update_norm_sq)
     # Corrected below by the number of steps, an average that took the sizes 0 before it for updates would be too small.
-    update_norm_sq.copy_(torch.where(first & (update_norm_sq != 0), late_size_sq * (1 - decay**step), update_norm_sq))
+    seen = 1 - decay**step
+    new = torch.full_like(update_norm_sq, 1 - decay).masked_fill_(update_norm_sq == 0, seen)
+    update_norm_sq.lerp_(late_size_sq, new)
     if lr == 0:
         return
-    size = (update_norm_sq * (relative_size_sq / (1 - decay**step))).sqrt_().add_(eps)
-    moves = rotates & (size_sq != 0)
-    weight.addcmul_(update, torch.where(rotates, torch.where(moves, angle * norm / size, 0.0), lr), value=-1)
-    reached = (yield neuron_norm(weight, dims).square()).sqrt()
+    size = (update_norm_sq * (relative_size_sq / seen)).sqrt_().add_(eps)
+    stays = is_noise.logical_or_(rests)
+    length = (norm / size).mul_(angle).masked_fill_(stays, 0.0).masked_fill_(rests, lr)
+    weight.addcmul_(update, length, value=-1)
+    reached = (yield weight.square().sum(dims, keepdim=True)).sqrt()
     # Rescaling a neuron that did not move would still round it, so it is left alone.
-    weight.mul_(torch.where(moves, norm / reached, 1.0))
+    weight.mul_((norm / reached).masked_fill_(stays, 1.0))

@@ -121,7 +121,7 @@ def complete(runs: Iterable[tuple[Sums[Any], tuple[ProcessGroup, ...]]]) -> None
     waiting = [(sums, groups, next(sums, None)) for sums, groups in spread]
     while waiting := [(sums, groups, part) for sums, groups, part in waiting if part is not None]:
         totals = _totals([(part, groups) for _, groups, part in waiting])
-        waiting = [(sums, groups, _send(sums, total)) for (sums, groups, _), total in zip(waiting, totals, strict=True)]
+        waiting = [(sums, groups, send(sums, total)) for (sums, groups, _), total in zip(waiting, totals, strict=True)]
 
 
 def alone(sums: Sums[T]) -> T:
@@ -134,7 +134,8 @@ def alone(sums: Sums[T]) -> T:
         return end.value  # type: ignore[no-any-return]
 
 
-def _send(sums: Sums[Any], total: Tensor) -> Tensor | None:
+def send(sums: Sums[Any], total: Tensor) -> Tensor | None:
+    """Goes on with the total of what a generator has yielded; returns what it yields next, ``None`` at its end."""
     try:
         return sums.send(total)
     except StopIteration:

@@ -17,7 +17,7 @@ from hf_rotational.optim.groups import neuron_span, settings
 from hf_rotational.optim.inner import Group, State
 from hf_rotational.optim.optimizer import RotationalOptimizer
 from hf_rotational.optim.optimizers import OptimizerOptions
-from hf_rotational.optim.precision import compute_dtype, read, write
+from hf_rotational.optim.precision import compute_dtype, prepare, read, write
 from hf_rotational.optim.state import take_tensors
 
 CLOSED_FORMS: dict[str, inners.Inner] = {
@@ -102,7 +102,7 @@ class _WrappedInner(inners.Inner):
     def directions(
         self, grads: list[Tensor], weights: list[Tensor], states: list[State], group: Group, *, rotates: bool
     ) -> list[Tensor]:
-        return [state.pop(_UPDATE) for state in states]
+        return [state[_UPDATE] for state in states]
 
     def rotation(self, group: Group, lr: float) -> float:
         assert self.closed_form is not None
@@ -169,6 +169,10 @@ class _WrappedOptimizer(RotationalOptimizer):
             # Some optimizers keep numbers of theirs in the group.
             group.update({name: value for name, value in settings(part).items() if name not in _FREE_STEP})
 
+    def _after_step(self) -> None:
+        for parameter, _ in self.rotating():
+            self.state.get(parameter, {}).pop(_UPDATE, None)
+
 
 _FREE_STEP = {"lr": 1.0, "weight_decay": 0.0}
 """What the wrapped optimizer runs with where its step is only a direction. At learning rate 1 the difference of two
@@ -200,7 +204,7 @@ def _in_float32(parameter: Tensor, state: State, rounding: str, place: int, *, m
         parameter.grad = None
         parameter.data, parameter.grad = data, grad
     if moves:  # else rounding the same weight once more could change the parameter
-        write(parameter, weight, state, rounding, place)
+        write(parameter, weight, state, rounding, prepare(parameter, state, rounding, place))
 
 
 _WRAPPERS: dict[type[Optimizer], type[_WrappedOptimizer]] = {}
