@@ -98,6 +98,13 @@ class AdamW(Inner):
         (beta1, beta2), eps, step = group["betas"], group["eps"], step_of(states)
         means = [state["exp_avg"] for state in states]
         squares = [state["exp_avg_sq"] for state in states]
+        if squared is grads and fit_kernel([*grads, *means, *squares]):
+            # What torch's AdamW makes of zeros at learning rate -1: the same in one pass over memory.
+            updates, count = zeros_like(means), torch.tensor(step, dtype=torch.float32)
+            numbers = {"lr": -1.0, "beta1": beta1, "beta2": beta2, "eps": eps, "weight_decay": 0.0}
+            counts = [count] * len(means)
+            torch._fused_adamw_(updates, grads, means, squares, [], counts, **numbers, amsgrad=False, maximize=False)
+            return updates
         torch._foreach_lerp_(means, grads, 1 - beta1)
         torch._foreach_mul_(squares, beta2)
         torch._foreach_addcmul_(squares, squared, squared, 1 - beta2)
@@ -236,6 +243,19 @@ def count_steps(states: list[State]) -> list[int]:
 def step_of(states: list[State]) -> int:
     """The number of this step, which all states have counted."""
     return int(states[0]["step"].item())
+
+
+def fit_kernel(tensors: list[Tensor]) -> bool:
+    """Whether torch's fused kernels on CPUs can take tensors: each in one piece, in the order of its dims."""
+    on_cpu = tensors[0].device.type == "cpu" and not torch.compiler.is_compiling()
+    return on_cpu and all(tensor.is_contiguous() for tensor in tensors)
+
+
+def zeros_like(tensors: list[Tensor]) -> list[Tensor]:
+    """Zeros of the shapes of tensors, in one piece of memory."""
+    sizes = [tensor.numel() for tensor in tensors]
+    pieces = torch.split(tensors[0].new_zeros(sum(sizes)), sizes)
+    return [piece.view(tensor.shape) for piece, tensor in zip(pieces, tensors, strict=True)]
 
 
 def with_l2(grads: list[Tensor], weights: list[Tensor], group: Group) -> list[Tensor]:

@@ -165,8 +165,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-# Sums over ranks are rounded in another order: 1e-16 a step, on weights of size 1.
-close = partial(torch.testing.assert_close, rtol=0.0, atol=1e-12)
+# Sums over ranks are rounded in another order, which Adam divides by small gradients.
+close = partial(torch.testing.assert_close, rtol=0.0, atol=1e-11)
 
 
 @pytest.mark.parametrize("name", OPTIONS)
