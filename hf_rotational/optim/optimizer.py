@@ -14,9 +14,9 @@ from torch.optim.optimizer import ParamsT
 
 from hf_rotational.optim.groups import check_group, neuron_span, settings
 from hf_rotational.optim.inner import Group, Inner
-from hf_rotational.optim.kernels import cuda
+from hf_rotational.optim.kernels import cpu, cuda
+from hf_rotational.optim.kernels.base import KernelStep
 from hf_rotational.optim.kernels.build import unavailable
-from hf_rotational.optim.kernels.cpu import FusedStep
 from hf_rotational.optim.sharding import REMEDY, Sums, complete, is_sharded, local, split_over
 from hf_rotational.optim.state import check_state, take_tensors
 from hf_rotational.optim.step import Step
@@ -87,11 +87,11 @@ class RotationalOptimizer(torch.optim.Optimizer):
     """Of each group's matrices when it was added."""
     _seen: list[list[torch.Size]] | None
     """Shapes of all parameters when they were last found whole."""
-    _fused: FusedStep
+    _kernels: tuple[KernelStep, ...]
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._fused, self._seen = FusedStep(self.inner), None
+        self._kernels, self._seen = (cpu.FusedStep(self.inner), cuda.FusedStep(self.inner)), None
         self._shapes = [matrix_shapes(group) for group in self.param_groups]
 
     def __init__(
@@ -132,7 +132,7 @@ class RotationalOptimizer(torch.optim.Optimizer):
             "match_rms": None,
             "backend": backend,
         }
-        self._fused, self._seen = FusedStep(self.inner), None
+        self._kernels, self._seen = (cpu.FusedStep(self.inner), cuda.FusedStep(self.inner)), None
         super().__init__(params, {**defaults, **rotational, "maximize": maximize})
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -162,8 +162,10 @@ class RotationalOptimizer(torch.optim.Optimizer):
             closure: re-evaluates the model and returns the loss.
 
         Raises:
-            RuntimeError: for a sparse gradient, and for parameters that have been flattened or cut up.
+            RuntimeError: for a sparse gradient, for parameters that have been flattened or cut up, and while a CUDA
+                graph is captured.
         """
+        cuda.refuse_capture()
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -172,10 +174,11 @@ class RotationalOptimizer(torch.optim.Optimizer):
         if self._is_rehearsal():
             return loss
         self._before_step()
-        rest = self._fused.step(self.param_groups, self.state, self.target_rotation)
-        if not any(rest):
-            return loss
-        rest = cuda.step(self.inner, self.param_groups, rest, self.state, self.target_rotation)
+        rest: list[list[Tensor]] = [group["params"] for group in self.param_groups]
+        for kernel in self._kernels:
+            rest = kernel.step(self.param_groups, rest, self.state, self.target_rotation)
+            if not any(rest):
+                return loss
         places = {parameter: place for place, (parameter, _) in enumerate(self._members())}
         complete(
             (
@@ -285,6 +288,8 @@ class RotationalOptimizer(torch.optim.Optimizer):
                     "the shape they were added with: they were flattened or cut up, as DeepSpeed does (ZeRO, AutoTP), "
                     f"and neurons cannot be told in the pieces. {REMEDY}"
                 )
+        for kernel in self._kernels:
+            kernel.forget()
         self._seen = now
 
     def _is_rehearsal(self) -> bool:

@@ -19,6 +19,8 @@ from hf_rotational.optim.step import Step, check_dense
 
 Layout = tuple[int, int, int, int]
 """Of a tensor's part on this rank: (batch, outer, neurons, inner), where neurons span outer and inner."""
+WIDEST = 4096
+"""Columns that the CPU's kernel sums up side by side."""
 DECISIVE = ("backend", "rotational", "neuron_dims", "granularity", "centering", "gains", "rounding")
 """Settings that, with the inner's buffers, decide what a kernel takes and which state it needs for that."""
 
@@ -53,6 +55,11 @@ class KernelStep(ABC):
         self._keys: list[Tensor] = []
         """Parameters they were chosen from, and then those that had a state."""
         self._members: list[Member] = []
+        self._parameters: list[Tensor] = []
+        """The members', and in the next list the names of their state's tensors: by themselves, to be fast."""
+        self._state_names: list[tuple[str, ...]] = []
+        self._readable = {(Tensor, torch.strided, dtype) for dtype in self.dtypes}
+        """Kinds of gradients that need no conversion, if they are contiguous."""
         self._waiting: list[Tensor] = []
         """That the kernel could step, had they all their state: to look at again when they get a gradient."""
         self._rest: list[list[Tensor]] = []
@@ -94,6 +101,10 @@ class KernelStep(ABC):
             self._call(groups, kept, target_rotation)
         return self._rest
 
+    def forget(self) -> None:
+        """Looks at all parameters anew at the next step: for callers that see shapes change."""
+        self._chosen_by = None
+
     @abstractmethod
     def _layout(self, parameter: Tensor, group: Group, dims: tuple[int, ...]) -> Layout | None:
         """How the kernel sees a parameter whose neurons span ``dims``; ``None`` if it cannot step it or is not to."""
@@ -129,15 +140,18 @@ class KernelStep(ABC):
 
     def _tensors(self, states: list[State]) -> list[Tensor]:
         """What of the members' weights, and then of each one's state, is on this rank."""
-        tensors = [member.parameter for member in self._members]
-        tensors += [state[name] for member, state in zip(self._members, states, strict=True) for name in member.names]
+        tensors = [*self._parameters]
+        tensors += [state[name] for state, names in zip(states, self._state_names, strict=True) for name in names]
         return list(map(local, tensors)) if self._sharded else tensors
 
     def _look(self, tensors: list[Tensor]) -> list[object]:
         """What must stay as it is for the kernel to be told nothing new: an address may be another weight's by now."""
         weights = tensors[: len(self._members)]
-        shapes = [(weight.dtype, weight.shape, weight.is_contiguous()) for weight in weights]
-        return [*map(Tensor.data_ptr, tensors), *shapes]
+        return [
+            *map(Tensor.data_ptr, tensors),
+            *[weight.dtype for weight in weights],
+            *map(Tensor.is_contiguous, weights),
+        ]
 
     def _make(
         self,
@@ -180,7 +194,9 @@ class KernelStep(ABC):
         self._keys = [*chain.from_iterable(left), *states]
         positions = {parameter: position for position, parameter in enumerate(states)}
         self._positions = [positions[member.parameter] for member in self._members]
-        kept = [states[member.parameter] for member in self._members]
+        self._parameters = [member.parameter for member in self._members]
+        self._state_names = [member.names for member in self._members]
+        kept = [states[parameter] for parameter in self._parameters]
         tensors = self._tensors(kept)
         self._found = self._look(tensors)
         self._fill(groups, tensors)
@@ -193,12 +209,14 @@ class KernelStep(ABC):
 
     def _grads(self) -> list[Tensor | None]:
         """The members' gradients as the kernel reads them."""
-        grads = [member.parameter.grad for member in self._members]
+        grads = [parameter.grad for parameter in self._parameters]
+        given = [grad for grad in grads if grad is not None]
+        kinds = {(type(grad), grad.layout, grad.dtype) for grad in given}
+        if kinds <= self._readable and all(map(Tensor.is_contiguous, given)):
+            return grads
         return [
-            grad
-            if grad is None or (type(grad) is Tensor and grad.dtype in self.dtypes and grad.is_contiguous())
-            else self._read(grad, member.parameter)
-            for grad, member in zip(grads, self._members, strict=True)
+            grad if grad is None else self._read(grad, parameter)
+            for grad, parameter in zip(grads, self._parameters, strict=True)
         ]
 
     def _read(self, grad: Tensor, parameter: Tensor) -> Tensor:
@@ -218,3 +236,24 @@ def readable(tensor: Tensor, name: str, parameter: Tensor) -> bool:
         and not part.is_neg()
         and part.data_ptr() != 0
     )
+
+
+def layout_of(parameter: Tensor, dims: tuple[int, ...]) -> Layout | None:
+    """The layout of a parameter whose neurons span ``dims``; ``None`` if dims alternate more often than a layout can
+    say, or columns are too wide."""
+    shape = local(parameter.detach()).shape
+    if not dims:
+        return 1, 1, 1, shape.numel()
+    runs: list[tuple[bool, int]] = []  # dims of a kind, side by side, are one
+    for dim, size in enumerate(shape):
+        if size > 1:
+            before = runs.pop()[1] if runs and runs[-1][0] == (dim in dims) else 1
+            runs.append((dim in dims, before * size))
+    if len(runs) <= 1 or [spans for spans, _ in runs] == [False, True]:
+        sizes = dict(runs)
+        return 1, 1, sizes.get(False, 1), sizes.get(True, 1)
+    found = []
+    for kind in (False, True, False, True):
+        found.append(runs.pop(0)[1] if runs and runs[0][0] == kind else 1)
+    batch, outer, neurons, inner = found
+    return (batch, outer, neurons, inner) if not runs and inner <= WIDEST else None

@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
-from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -20,8 +19,7 @@ from torch import Tensor, nn
 
 from hf_rotational.optim.gains import learns
 from hf_rotational.optim.inner import SGD, Adam, AdamW, Group, Inner, Lion, State
-from hf_rotational.optim.kernels.base import KernelStep, Layout, Member
-from hf_rotational.optim.kernels.cpu import layout_of
+from hf_rotational.optim.kernels.base import KernelStep, Layout, Member, layout_of
 from hf_rotational.optim.sharding import alone, is_sharded, local, split_over
 from hf_rotational.optim.step import Step
 
@@ -165,24 +163,6 @@ class FusedStep(KernelStep):
                     state["rotation_step"] += 1
                 if draws[member.number] and member.parameter.dtype != torch.float32:
                     state["roundings"] = state.get("roundings", 0) + 1
-
-
-_steps: WeakKeyDictionary[object, FusedStep] = WeakKeyDictionary()
-
-
-def step(
-    inner: Inner,
-    groups: list[Group],
-    left: list[list[Tensor]],
-    states: Mapping[Tensor, State],
-    target_rotation: Callable[[Group], float],
-) -> list[list[Tensor]]:
-    """:meth:`FusedStep.step` of the optimizer whose ``target_rotation`` this is, kept for as long as it lives."""
-    if torch.compiler.is_compiling():
-        return left
-    refuse_capture()
-    optimizer = target_rotation.__self__  # type: ignore[attr-defined]
-    return _steps.setdefault(optimizer, FusedStep(inner)).step(groups, left, states, target_rotation)
 
 
 def refuse_capture() -> None:

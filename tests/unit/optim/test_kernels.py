@@ -21,8 +21,9 @@ from torch import Tensor, nn
 
 from hf_rotational import RotationalAdam, RotationalAdamW, RotationalLion, RotationalSGD
 from hf_rotational.optim.kernels import build as build_module
+from hf_rotational.optim.kernels.base import layout_of
 from hf_rotational.optim.kernels.build import unavailable
-from hf_rotational.optim.kernels.cpu import FusedStep, layout_of
+from hf_rotational.optim.kernels.cpu import FusedStep
 from tests.helpers import WRITTEN_OUT, copies, exactly_equal, make, noise, parameters, train
 from tests.reference import rotational as reference
 
@@ -264,6 +265,17 @@ def test_changes_between_steps_are_seen(change: Callable[[Any, list[nn.Parameter
         train(optimizer, params, range(3, 6))
         results.append(params)
     torch.testing.assert_close(*results, rtol=1e-5, atol=2e-6)
+
+
+def test_of_weights_that_became_fewer_the_others_stay() -> None:
+    memory = noise(6, dtype=torch.float32)
+    parameter = nn.Parameter(memory)
+    optimizer = RotationalSGD([parameter], lr=0.1, backend="fused")
+    for entries in (6, 6, 3):
+        parameter.data, rest = memory[:entries], memory[entries:].clone()
+        parameter.grad = torch.ones(entries)
+        optimizer.step()
+    exactly_equal(memory[3:], rest)
 
 
 @pytest.mark.parametrize(("first", "then"), [("eager", "fused"), ("fused", "eager")])
