@@ -112,7 +112,7 @@ def predict(run: Run) -> Prediction:
     Raises:
         ValueError: for a hyperparameter out of range.
     """
-    weight_decay = run.weight_decay or RotationalConfig().angle_weight_decay
+    weight_decay = run.weight_decay or RotationalConfig().angle_weight_decay_of(f"rotational_{run.optim}")
     relative_lr = run.relative_lr()
     sizes = {} if run.optim == "sgd" else {"fan_in": 1}
 

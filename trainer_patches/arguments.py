@@ -61,8 +61,9 @@ def _script_field(field: dataclasses.Field[Any], annotation: Any) -> tuple[Any, 
         # Their defaults are as good as saying nothing.
         return annotation, copy.copy(field)
     shown = f"{value} with a rotational --optim, else 0" if field.name == "rotation_logging_steps" else value
+    own = "" if shown is None else f" (default: {shown})"  # else the text says what holds
     # Formatting the parser's own default to no characters keeps it from adding "(default: None)".
-    described = {**field.metadata, "help": f"{field.metadata['help']} (default: {shown})%(default).0s"}
+    described = {**field.metadata, "help": f"{field.metadata['help']}{own}%(default).0s"}
     unset: Any = dataclasses.field(default=None, metadata=described)
     return annotation | None, unset
 

@@ -5,10 +5,16 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 from hf_rotational.optim.groups import check_rotation
 from hf_rotational.optim.inner import check_non_negative
+
+ANGLE_WEIGHT_DECAYS: Mapping[str, float] = MappingProxyType(
+    {"rotational_adamw": 0.1, "rotational_adam": 0.1, "rotational_lion": 0.5, "rotational_sgd": 1e-4}
+)
+"""Value of ``optim`` to what ``RotationalConfig.angle_weight_decay`` is by default (docs/evidence.md)."""
 
 
 @dataclass(frozen=True)
@@ -21,9 +27,10 @@ class RotationalConfig:
 
     rotation: str | float = "equilibrium"
     """Target angle: ``"equilibrium"``, ``"match"`` or radians per step at the peak learning rate."""
-    angle_weight_decay: float = 0.05
+    angle_weight_decay: float | None = None
     """Weight decay that sets the ``"equilibrium"`` angle when the training's own is 0, the Trainer's default, at which
-    the angle would be 0. Parameters that do not rotate keep the training's own."""
+    the angle would be 0. ``None``: what suits the optimizer, 0.1 for AdamW and Adam, 0.5 for Lion and 1e-4 for SGD.
+    Parameters that do not rotate keep the training's own."""
     update_norm_decay: float = 0.9
     """Decay of the running average of the update's size."""
     rotational_eps: float = 1e-8
@@ -57,7 +64,8 @@ class RotationalConfig:
 
     def __post_init__(self) -> None:
         check_rotation(self.rotation)
-        check_non_negative("angle_weight_decay", self.angle_weight_decay)
+        if self.angle_weight_decay is not None:
+            check_non_negative("angle_weight_decay", self.angle_weight_decay)
         for name in ("include", "exclude"):
             value = getattr(self, name)
             object.__setattr__(self, name, (value,) if isinstance(value, str) else tuple(value))
@@ -82,6 +90,10 @@ class RotationalConfig:
     def names(cls) -> tuple[str, ...]:
         """Names of the settings."""
         return tuple(field.name for field in dataclasses.fields(cls))
+
+    def angle_weight_decay_of(self, optim: str) -> float:
+        """``angle_weight_decay`` with the optimizer of that name."""
+        return ANGLE_WEIGHT_DECAYS[optim] if self.angle_weight_decay is None else self.angle_weight_decay
 
     def optimizer_options(self) -> dict[str, Any]:
         """The settings that are keyword arguments of the optimizer."""

@@ -76,7 +76,7 @@ class RotationalOptimizerFactory:
         config = RotationalConfig(**{k: v for k, v in settings.items() if k not in own})
         angle_weight_decay = weight_decay
         if config.rotation == "equilibrium" and weight_decay == 0:
-            angle_weight_decay = config.angle_weight_decay
+            angle_weight_decay = config.angle_weight_decay_of(optim)
             logger.info(
                 f"weight_decay is 0, at which the equilibrium angle would be 0: the angle uses weight decay "
                 f"{angle_weight_decay} (angle_weight_decay); parameters that do not rotate are not decayed."

@@ -29,7 +29,7 @@ class RotationalAdamW(RotationalOptimizer):
     Example::
 
         groups = plan(model).parameter_groups()
-        optimizer = RotationalAdamW(groups, lr=5e-5, weight_decay=0.05)
+        optimizer = RotationalAdamW(groups, lr=5e-5, weight_decay=0.1)
 
     Args:
         params: parameters or groups of them.

@@ -40,9 +40,12 @@ class RotationalTrainingArguments(TrainingArguments):
             "the free-running optimizer) or a number, in radians per step at the peak learning rate."
         },
     )
-    rotation_angle_weight_decay: float = field(
+    rotation_angle_weight_decay: float | None = field(
         default=_DEFAULT.angle_weight_decay,
-        metadata={"help": "Weight decay that sets the equilibrium angle when --weight_decay is 0."},
+        metadata={
+            "help": "Weight decay that sets the equilibrium angle when --weight_decay is 0; by default what suits the "
+            "optimizer: 0.1 for AdamW and Adam, 0.5 for Lion, 1e-4 for SGD."
+        },
     )
     rotation_update_norm_decay: float = field(
         default=_DEFAULT.update_norm_decay,

@@ -30,6 +30,7 @@ from hf_rotational import (
     plan,
 )
 from hf_rotational.monitor.records import read_records
+from hf_rotational.optim.config import ANGLE_WEIGHT_DECAYS
 from hf_rotational.optim.factory import OPTIMIZERS
 
 SETTINGS = {"learning_rate": 1e-3, "max_steps": 12, "logging_steps": 4, "use_cpu": True, "disable_tqdm": True}
@@ -119,7 +120,7 @@ def test_every_flag_trains_and_says_once_where_its_angle_comes_from(
                 trainer.train()
         finally:
             logging.set_verbosity(verbosity)
-    assert said.out.count("the angle uses weight decay 0.05 (angle_weight_decay)") == 1
+    assert said.out.count(f"the angle uses weight decay {ANGLE_WEIGHT_DECAYS[optim]} (angle_weight_decay)") == 1
     torch.testing.assert_close(norms(trainer.model), norms(model()), rtol=1e-5, atol=0.0)
     for before, entry in zip(start, plan(trainer.model).rotating, strict=True):
         assert not torch.equal(before, entry.parameter), entry.name

@@ -98,9 +98,9 @@ def test_the_half_life_against_the_run(steps: int) -> None:
 
 def test_without_weight_decay_the_angle_is_the_trainers(capsys: pytest.CaptureFixture[str]) -> None:
     text = printed(capsys, "--lr", "5e-5", "--steps", "3000")
-    assert "Equilibrium at weight decay 0.05" in text
-    assert f"{equilibrium.adamw(lr=5e-5, weight_decay=0.05).rotation:.3g} rad per step" in text
-    assert "AdamW has none without weight decay. Rotational optimizers then use weight decay 0.05" in text
+    assert "Equilibrium at weight decay 0.1" in text
+    assert f"{equilibrium.adamw(lr=5e-5, weight_decay=0.1).rotation:.3g} rad per step" in text
+    assert "AdamW has none without weight decay. Rotational optimizers then use weight decay 0.1" in text
 
 
 def test_what_depends_on_the_gradient_is_said_to(capsys: pytest.CaptureFixture[str]) -> None:

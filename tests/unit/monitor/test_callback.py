@@ -211,7 +211,7 @@ def test_resuming_over_records_that_cannot_be_read(tmp_path: Path, warnings: lis
 
 
 @pytest.mark.parametrize(
-    ("optim", "weight_decay", "in_header"), [("adamw_torch", 0.1, 0.1), ("rotational_adamw", 0.0, 0.05)]
+    ("optim", "weight_decay", "in_header"), [("adamw_torch", 0.1, 0.1), ("rotational_adamw", 0.0, 0.1)]
 )
 def test_the_header_has_the_settings_of_what_is_measured(
     tmp_path: Path, optim: str, weight_decay: float, in_header: float

@@ -37,13 +37,20 @@ def angle(optimizer: torch.optim.Optimizer) -> float:
     return float(angle)
 
 
+@pytest.mark.parametrize(
+    ("optim", "form", "weight_decay"),
+    [("adamw", "adamw", 0.1), ("adam", "adamw", 0.1), ("sgd", "sgdm", 1e-4), ("lion", "lion", 0.5)],
+)
 def test_weight_decay_0_means_the_default_for_the_angle_and_says_so_once(
-    model: nn.Module, info_lines: pytest.LogCaptureFixture
+    optim: str, form: str, weight_decay: float, model: nn.Module, info_lines: pytest.LogCaptureFixture
 ) -> None:
-    optimizer = RotationalOptimizerFactory()(model, optim="rotational_adamw", lr=5e-5)
-    assert angle(optimizer) == equilibrium.adamw(lr=5e-5, weight_decay=0.05).rotation
+    optimizer = RotationalOptimizerFactory()(model, optim=f"rotational_{optim}", lr=5e-5)
+    own = {"fan_in": 1} if form == "lion" else {}
+    assert angle(optimizer) == getattr(equilibrium, form)(lr=5e-5, weight_decay=weight_decay, **own).rotation
     assert [group["weight_decay"] for group in optimizer.param_groups if not group["rotational"]] == [0.0]
-    assert len([line for line in info_lines.messages if "weight decay 0.05 (angle_weight_decay)" in line]) == 1
+    assert (
+        len([line for line in info_lines.messages if f"weight decay {weight_decay} (angle_weight_decay)" in line]) == 1
+    )
 
 
 def test_the_users_weight_decay_sets_the_angle_and_decays_the_rest(
