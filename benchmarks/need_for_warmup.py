@@ -5,7 +5,12 @@ decades, with and without warmup.
 
     python -m benchmarks.need_for_warmup   # a run takes 20 seconds on one core; 108 by default
 
-prints tables, writes benchmarks/results/need_for_warmup.json and draws docs/figures/need_for_warmup.png.
+prints tables, writes benchmarks/results/need_for_warmup.json and draws docs/figures/need_for_warmup.png. With
+
+    python -m benchmarks.need_for_warmup --scale gpu --seeds 1
+
+it is a GPT-2 of 124 million parameters, all Python sources installed, and 131 million tokens a run, one run at a time;
+the files are need_for_warmup_gpu.json and .png. ``--device`` and the sizes are arguments.
 """
 
 from __future__ import annotations
@@ -14,24 +19,23 @@ import argparse
 import math
 import statistics
 from collections.abc import Iterator, Mapping
+from dataclasses import fields
 
 from matplotlib.figure import Figure
 from rich.table import Table
 
-from benchmarks.training import (
+from benchmarks.reports import (
     Finished,
-    Method,
-    Run,
     command,
-    deviation,
     draw_over_rates,
-    grid,
     loss_table,
+    spread,
     style,
     table,
     transfer_table,
 )
-from benchmarks.training_tasks import LanguageModel
+from benchmarks.training import Method, Run, grid
+from benchmarks.training_tasks import InstalledSources, LanguageModel
 
 TASK = LanguageModel()
 STEPS, EVALUATIONS = 300, 15
@@ -59,8 +63,24 @@ METHODS = {
 }
 BASELINE = "AdamW, 10 % warmup"
 
+GPU_METHODS = (BASELINE, "AdamW, none", "equilibrium, none")
+GPU_LEARNING_RATES = (6e-4, 2e-3, 6e-3)
+GPU_SIZES = {field.name: field.default for field in fields(InstalledSources)}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--scale", choices=("cpu", "gpu"), default="cpu", help="[%(default)s]")
+    gpu = parser.add_argument_group("with --scale gpu")
+    gpu.add_argument("--steps", type=int, default=4000, help="[%(default)s]")
+    for name, size in GPU_SIZES.items():
+        gpu.add_argument(f"--{name}", type=type(size), default=size, help="[%(default)s]")
+
 
 def runs(arguments: argparse.Namespace) -> list[Run]:
+    if arguments.scale == "gpu":
+        task = InstalledSources(**{name: getattr(arguments, name) for name in GPU_SIZES})
+        methods = {name: METHODS[name] for name in GPU_METHODS}
+        return grid(task, methods, GPU_LEARNING_RATES, seeds=arguments.seeds, steps=arguments.steps, evaluations=40)
     return grid(TASK, METHODS, LEARNING_RATES, seeds=arguments.seeds, steps=STEPS, evaluations=EVALUATIONS)
 
 
@@ -101,11 +121,11 @@ def summary(finished: Finished) -> Iterator[tuple[str, ...]]:
     for name in finished.outcomes:
         lr = finished.best(name)
         losses = finished.values(name, lr).values()
-        needed = steps_to(finished, name, lr, baseline) / STEPS
+        needed = steps_to(finished, name, lr, baseline) / finished.curve(name, lr)[0][-1]
         yield (
             name,
             f"{lr:g}",
-            f"{statistics.fmean(losses):.3f} ± {deviation(losses):.3f}",
+            spread(losses),
             f"{finished.mean(name, lr) / baseline - 1:+.1%}",
             f"{good_range(finished, name):.1f}x",
             f"{needed:.0%}" if math.isfinite(needed) else "not reached",
@@ -122,6 +142,14 @@ def cost_of_no_warmup(finished: Finished) -> Iterator[tuple[str, ...]]:
             yield name, *(f"{finished.mean(without, b) / finished.mean(with_it, a) - 1:+.1%}" for a, b in pairs)
 
 
+def step_times(finished: Finished) -> Iterator[tuple[str, ...]]:
+    """Milliseconds of a step, forward and backward included, where they were measured."""
+    for name, by_lr in finished.outcomes.items():
+        times = [outcome.get("step_seconds") for by_seed in by_lr.values() for outcome in by_seed.values()]
+        if all(times):
+            yield name, f"{1e3 * statistics.median(times):.1f}"
+
+
 def report(finished: Finished, figure: Figure) -> Iterator[Table]:
     yield loss_table("Held-out loss, mean ± deviation", finished)
     columns = ("", "best lr", "held-out loss", f"against {BASELINE}", f"lr within {TOLERANCE:.0%}", "steps to its loss")
@@ -129,6 +157,9 @@ def report(finished: Finished, figure: Figure) -> Iterator[Table]:
     rates = (f"lr {lr:g}" for lr in finished.learning_rates)
     yield table("What leaving warmup out costs", ("", *rates, "best to best"), cost_of_no_warmup(finished))
     yield transfer_table(finished, BASELINE)
+    times = list(step_times(finished))
+    if times:
+        yield table("Median step", ("", "ms"), times)
     left, right = figure.subplots(1, 2)
     draw_over_rates(left, finished, title="GPT-2 from scratch", ylabel="held-out loss")
     low = min(finished.mean(name, finished.best(name)) for name in finished.outcomes)
@@ -141,7 +172,7 @@ def report(finished: Finished, figure: Figure) -> Iterator[Table]:
 
 
 def main() -> None:
-    command("need_for_warmup", __doc__, runs, report, seeds=3)
+    command("need_for_warmup", __doc__, runs, report, seeds=3, add_arguments=add_arguments)
 
 
 if __name__ == "__main__":

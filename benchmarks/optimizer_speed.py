@@ -1,6 +1,7 @@
 """What a step of every optimizer costs on a CPU, against torch's fused AdamW (docs/speed.md).
 
-    python -m benchmarks.optimizer_speed        # or: make bench; about five minutes on two cores
+    python -m benchmarks.optimizer_speed            # or: make bench; about three minutes on two cores
+    python -m benchmarks.optimizer_speed --report   # the tables of the results file
 
 Each optimizer takes turns with torch's fused AdamW on the same weights in one process, and the ratio counts, so that
 what else the machine does hits both alike: of the medians of processor time on one thread, of the least wall time on
@@ -9,6 +10,8 @@ more. Prints tables and writes benchmarks/results/optimizer_speed.json.
 
 from __future__ import annotations
 
+import argparse
+import ctypes
 import gc
 import json
 import os
@@ -30,6 +33,7 @@ from torch import nn
 from transformers import BertConfig, BertForSequenceClassification, GPT2Config, GPT2LMHeadModel
 
 from benchmarks.published_adamw import PublishedRotationalAdamW
+from benchmarks.reports import table
 from hf_rotational import RotationalAdamW, RotationalLion, RotationalSGD, plan
 
 RESULTS = Path(__file__).parent / "results" / "optimizer_speed.json"
@@ -114,11 +118,12 @@ def peak_mb(step: Callable[[], Any]) -> float | None:
 
     gc.collect()
     try:
+        ctypes.CDLL(None).malloc_trim(0)  # or what an earlier step took and gave back would be found
         reset.write_text("5")
         before = kilobytes("VmRSS")
         step()
         return max(kilobytes("VmHWM") - before, 0) / 1024
-    except OSError:
+    except (OSError, AttributeError):
         return None
 
 
@@ -185,48 +190,73 @@ def first_use_seconds() -> float:
     return float(done.stdout)
 
 
-def main() -> None:
-    console, rows = Console(width=120), []
+def measure() -> dict[str, Any]:
+    """Everything, as the results file has it; says how far it is."""
+    rows = []
     for row in steps():
         rows.append(row)
         label = f"{row['optimizer']}, {row['model']}, {row['threads']} threads"
-        console.print(f"{label:<65} {row['ms']:9.2f} ms {row['ratio']:6.2f} x")
-    table = Table(title="One step, time relative to torch's fused AdamW (temporaries in MB)")
-    for column in ("optimizer", "threads", *MODELS):
-        table.add_column(column, justify="left" if column == "optimizer" else "right")
-    for optimizer, threads in dict.fromkeys((row["optimizer"], row["threads"]) for row in rows):
-        cells = {row["model"]: row for row in rows if (row["optimizer"], row["threads"]) == (optimizer, threads)}
-        table.add_row(
-            optimizer,
-            str(threads),
-            *(
-                f"{cells[model]['ratio']:.2f} ({cells[model]['temporaries_mb'] or 0:.0f})" if model in cells else "-"
-                for model in MODELS
-            ),
-        )
-    console.print(table)
+        print(f"{label:<65} {row['ms']:9.2f} ms {row['ratio']:6.2f} x", flush=True)
     shares = []
     for model in BATCHES:
         passes = training_step_ms(model)
-        for row in rows:
-            if row["model"] == model and row["threads"] == 1:
-                share = row["ms"] / (row["ms"] + passes)
-                shares.append({"model": model, "optimizer": row["optimizer"], "share": share, "passes_ms": passes})
-                console.print(f"{model} {BATCHES[model]}: {row['optimizer']:<32} {share:6.1%} of a training step")
-    first_use = first_use_seconds()
-    console.print(f"Building the kernel at its first use: {first_use:.2f} s")
-    result = {
-        "machine": {
-            "processor": platform.processor() or platform.machine(),
-            "cores": os.cpu_count(),
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-        },
-        "steps": rows,
-        "shares": shares,
-        "first_use_seconds": first_use,
+        shares += [
+            {
+                "model": model,
+                "optimizer": row["optimizer"],
+                "share": row["ms"] / (row["ms"] + passes),
+                "passes_ms": passes,
+            }
+            for row in rows
+            if row["model"] == model and row["threads"] == 1
+        ]
+    machine = {
+        "processor": platform.processor() or platform.machine(),
+        "cores": os.cpu_count(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
     }
-    RESULTS.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    return {"machine": machine, "steps": rows, "shares": shares, "first_use_seconds": first_use_seconds()}
+
+
+def report(result: dict[str, Any]) -> Iterator[Table]:
+    """The tables of docs/speed.md."""
+    lines = list(dict.fromkeys((row["optimizer"], row["threads"]) for row in result["steps"]))
+    cells = {(row["optimizer"], row["threads"], row["model"]): row for row in result["steps"]}
+
+    def ratios() -> Iterator[tuple[str, ...]]:
+        for optimizer, threads in lines:
+            by_model = [cells.get((optimizer, threads, model)) for model in MODELS]
+            memory = (cells.get((optimizer, threads, "GPT-2")) or {}).get("temporaries_mb")
+            times = ("" if row is None else f"{row['ratio']:.2f}" for row in by_model)
+            yield optimizer, str(threads), *times, "" if memory is None else f"{memory:.0f}"
+
+    yield table("Time of one step", ("", "threads", *MODELS, "temporaries on GPT-2, MB"), ratios())
+    shares = {(row["optimizer"], row["model"]): row["share"] for row in result["shares"]}
+    optimizers = dict.fromkeys(row["optimizer"] for row in result["shares"])
+    yield table(
+        "Share of a training step",
+        ("", *(f"{model}, {rows} x {tokens} tokens" for model, (rows, tokens) in BATCHES.items())),
+        (
+            (
+                optimizer,
+                *(f"{shares[optimizer, model]:.1%}" if (optimizer, model) in shares else "" for model in BATCHES),
+            )
+            for optimizer in optimizers
+        ),
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--report", action="store_true", help="measure nothing: the tables of what there is")
+    if not parser.parse_args().report:
+        RESULTS.write_text(json.dumps(measure(), indent=2) + "\n", encoding="utf-8")
+    result = json.loads(RESULTS.read_text(encoding="utf-8"))
+    console = Console(width=200)
+    for printed in report(result):
+        console.print(printed)
+    console.print(f"Building the kernel at its first use: {result['first_use_seconds']:.1f} s")
 
 
 if __name__ == "__main__":

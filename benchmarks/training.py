@@ -1,8 +1,8 @@
 """The one core of all training experiments: a run as plain values, the loop that trains it, and a file that grows.
 
-An experiment is a list of runs and a report. ``command`` trains what its results file lacks, run by run on a pool of
-processes of one thread each, and writes the file after each: stop it and start it again, or ask for more seeds, and it
-continues where it was. Table and figure are drawn from the file alone (``--report``).
+An experiment is a list of runs and a report. Its command (``benchmarks.reports``) trains what its results file lacks,
+run by run on a pool of processes of one thread each, and writes the file after each: stop it and start it again, or ask
+for more seeds, and it continues where it was. Table and figure are drawn from the file alone (``--report``).
 
     python -m benchmarks.fine_tuning --seeds 5 --minutes 60   # starts no run after an hour
     python -m benchmarks.fine_tuning --report
@@ -10,14 +10,13 @@ continues where it was. Table and figure are drawn from the file alone (``--repo
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import os
 import platform
 import statistics
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -27,24 +26,27 @@ from typing import Any, Protocol
 
 import torch
 import transformers
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from rich import box
-from rich.console import Console
 from rich.progress import Progress
-from rich.table import Table
 from torch import Tensor, nn
 from transformers import get_scheduler, set_seed
 
-from hf_rotational import RotationalOptimizerFactory
+from hf_rotational import RotationalLion, RotationalOptimizerFactory
 from hf_rotational.optim.factory import OPTIMIZERS, decays_as_trainer
 
 ROOT = Path(__file__).parent.parent
+
+
+def plain_lion(groups: list[dict[str, Any]], **settings: Any) -> torch.optim.Optimizer:
+    return RotationalLion([{**group, "rotational": False} for group in groups], **settings)
+
+
 PLAIN: Mapping[str, Callable[..., torch.optim.Optimizer]] = {
     "adamw": partial(torch.optim.AdamW, fused=True),
     "adam": partial(torch.optim.Adam, fused=True),
-    "sgd": torch.optim.SGD,
+    "sgd": partial(torch.optim.SGD, fused=True),
+    "lion": plain_lion,
 }
+"""Torch has no Lion: it is ours, with nothing that rotates."""
 CURVE = 50
 """Points of a stored training loss curve."""
 
@@ -108,7 +110,7 @@ def key_of(values: Mapping[str, Any]) -> str:
 
 Outcome = Mapping[str, Any]
 """``evaluations`` (each with its ``step``), ``losses`` (of training, ``CURVE`` means), ``loss`` (of training, mean of
-the last tenth) and ``seconds``. A loss that is not finite is infinite."""
+the last tenth), ``seconds``, and ``step_seconds`` (the median). A loss that is not finite is infinite."""
 
 
 def grid(
@@ -137,6 +139,8 @@ def optimizer_of(model: nn.Module, method: Method, lr: float) -> torch.optim.Opt
         )
     decays, kept, decayed = decays_as_trainer(model), [], []
     for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
         (decayed if decays(name) else kept).append(parameter)
     groups = [{"params": decayed, "weight_decay": method.weight_decay}, {"params": kept, "weight_decay": 0.0}]
     return PLAIN[method.optim](groups, lr=lr, **method.settings)
@@ -151,15 +155,17 @@ def train(run: Run) -> Outcome:
     model.train()
     optimizer = optimizer_of(model, run.method, run.lr)
     schedule = get_scheduler("linear", optimizer, round(run.method.warmup * run.steps), run.steps)
-    batches, losses, evaluations = run.task.batches(run.seed), [], []
+    batches, losses, times, evaluations = run.task.batches(run.seed), [], [], []
     due = {run.steps * part // run.evaluations for part in range(1, run.evaluations + 1)}
     for step in range(1, run.steps + 1):
+        started = time.perf_counter()
         loss = run.task.loss(model, next(batches))
         loss.backward()
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
-        losses.append(float(loss.detach()))
+        losses.append(float(loss.detach()))  # waits for a GPU
+        times.append(time.perf_counter() - started)
         if step in due:
             model.eval()
             with torch.no_grad():
@@ -170,6 +176,7 @@ def train(run: Run) -> Outcome:
         "losses": [float(part.mean()) for part in torch.tensor(losses).tensor_split(min(CURVE, run.steps))],
         "loss": statistics.fmean(losses[-max(run.steps // 10, 1) :]),
         "seconds": time.perf_counter() - start,
+        "step_seconds": statistics.median(times),
     }
 
 
@@ -252,151 +259,3 @@ def outcomes_of(runs: list[Run], workers: int, deadline: float) -> Iterator[tupl
             yield from ((futures[future], future.result()) for future in as_completed(futures))
         finally:
             pool.shutdown(cancel_futures=True)
-
-
-class Finished:
-    """The runs of an experiment that have been trained, by name of the method and learning rate."""
-
-    def __init__(self, outcomes: Iterable[tuple[Run, Outcome | None]]) -> None:
-        self.outcomes: dict[str, dict[float, dict[int, Outcome]]] = {}
-        for run, outcome in outcomes:
-            if outcome is not None:
-                self.outcomes.setdefault(run.name, {}).setdefault(run.lr, {})[run.seed] = outcome
-
-    @property
-    def learning_rates(self) -> list[float]:
-        return sorted({lr for by_lr in self.outcomes.values() for lr in by_lr})
-
-    def values(self, name: str, lr: float, quantity: str = "loss") -> dict[int, float]:
-        """A quantity of the last evaluation, or ``"train"`` for the training loss at the end, by seed."""
-        outcomes = self.outcomes.get(name, {}).get(lr, {})
-        return {
-            seed: float(outcome["loss"] if quantity == "train" else outcome["evaluations"][-1][quantity])
-            for seed, outcome in outcomes.items()
-        }
-
-    def mean(self, name: str, lr: float, quantity: str = "loss") -> float:
-        values = self.values(name, lr, quantity).values()
-        return statistics.fmean(values) if values else math.nan
-
-    def best(self, name: str) -> float:
-        """The learning rate with the lowest mean loss."""
-        return min(self.outcomes[name], key=lambda lr: self.mean(name, lr))
-
-    def curve(self, name: str, lr: float) -> tuple[list[int], list[float]]:
-        """Steps and held-out losses, means over the seeds."""
-        outcomes = [outcome["evaluations"] for outcome in self.outcomes[name][lr].values()]
-        losses = [statistics.fmean(each["loss"] for each in point) for point in zip(*outcomes, strict=True)]
-        return [each["step"] for each in outcomes[0]], losses
-
-
-def deviation(values: Collection[float]) -> float:
-    """Standard deviation; NaN for a single value or one that is infinite."""
-    return statistics.stdev(values) if len(values) > 1 and all(map(math.isfinite, values)) else math.nan
-
-
-def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
-    """In Markdown: docs hold it as it is printed."""
-    printed = Table(title=title, box=box.MARKDOWN)
-    for place, column in enumerate(columns):
-        printed.add_column(column, justify="right" if place else "left", no_wrap=True)
-    for row in rows:
-        printed.add_row(*row)
-    return printed
-
-
-def loss_table(title: str, finished: Finished, quantity: str = "loss", digits: int = 3) -> Table:
-    """Mean and standard deviation over the seeds: a row for each method, a column for each learning rate."""
-    rates = finished.learning_rates
-
-    def cell(name: str, lr: float) -> str:
-        values = finished.values(name, lr, quantity).values()
-        if not values:
-            return ""
-        spread = deviation(values)
-        mean = f"{statistics.fmean(values):.{digits}f}"
-        return mean if math.isnan(spread) else f"{mean} ± {spread:.{digits}f}"
-
-    def seeds(name: str) -> str:
-        counts = {len(by_seed) for by_seed in finished.outcomes[name].values()}
-        return "-".join(map(str, sorted({min(counts), max(counts)})))
-
-    rows = [(name, *(cell(name, lr) for lr in rates), seeds(name)) for name in finished.outcomes]
-    return table(title, ("lr", *(f"{lr:g}" for lr in rates), "seeds"), rows)
-
-
-def transfer_table(finished: Finished, baseline: str) -> Table:
-    """What becomes of the baseline's best learning rate when only the method is changed."""
-    theirs = finished.best(baseline)
-    goal = finished.mean(baseline, theirs)
-
-    def rows() -> Iterator[tuple[str, ...]]:
-        for name in (name for name, by_lr in finished.outcomes.items() if theirs in by_lr):
-            own = finished.best(name)
-            switched, tuned = finished.mean(name, theirs), finished.mean(name, own)
-            yield (
-                name,
-                f"{switched:.3f}",
-                f"{switched / goal - 1:+.1%}",
-                f"{tuned:.3f}",
-                f"{tuned / goal - 1:+.1%}",
-                f"{own:g}",
-            )
-
-    columns = ("", f"loss at lr {theirs:g}", "difference", "loss at its own best", "difference", "which is")
-    return table(f"Only the method changed, from {baseline} at its best learning rate", columns, rows())
-
-
-def draw_over_rates(
-    panel: Axes, finished: Finished, quantity: str = "loss", names: Collection[str] = (), **properties: Any
-) -> None:
-    """A quantity over the learning rate, a line for each method (all, or those named), with the range of the seeds."""
-    for name in names or finished.outcomes:
-        rates = sorted(finished.outcomes.get(name, ()))
-        means = [finished.mean(name, lr, quantity) for lr in rates]
-        (line,) = panel.plot(rates, means, marker="o", markersize=4, label=name)
-        ranges = [finished.values(name, lr, quantity).values() for lr in rates]
-        panel.fill_between(rates, list(map(min, ranges)), list(map(max, ranges)), color=line.get_color(), alpha=0.15)
-    style(panel, xlabel="learning rate", xscale="log", **properties)
-
-
-def style(panel: Axes, **properties: Any) -> None:
-    panel.set(**properties)
-    panel.grid(alpha=0.25, linewidth=0.5)
-    panel.spines[["top", "right"]].set_visible(False)
-    panel.legend(frameon=False, fontsize=8)
-
-
-def command(
-    name: str,
-    description: str | None,
-    runs: Callable[[argparse.Namespace], list[Run]],
-    report: Callable[[Finished, Figure], Iterable[Table]],
-    *,
-    seeds: int,
-    add_arguments: Callable[[argparse.ArgumentParser], None] = lambda parser: None,
-) -> None:
-    """An experiment's command line: trains ``runs`` of the arguments, prints what ``report`` returns, saves what it
-    draws."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, default=seeds, help="runs of each combination [%(default)s]")
-    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="trainings at a time, of one thread each")
-    parser.add_argument("--minutes", type=float, default=math.inf, help="start no run later than this")
-    parser.add_argument("--report", action="store_true", help="train nothing: table and figure of what there is")
-    parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results" / f"{name}.json")
-    parser.add_argument("--figure", type=Path, default=ROOT / "docs" / "figures" / f"{name}.png")
-    add_arguments(parser)
-    arguments = parser.parse_args()
-
-    planned, results = runs(arguments), Results(arguments.results)
-    if not arguments.report:
-        train_missing(planned, results, arguments.workers, arguments.minutes)
-    finished = Finished((run, results.outcome(run)) for run in planned)
-    if not finished.outcomes:
-        parser.exit(1, f"{arguments.results}: none of the {len(planned)} runs has been trained\n")
-    figure = Figure(figsize=(11, 4.2), layout="constrained")
-    console = Console(width=200)
-    for printed in report(finished, figure):
-        console.print(printed)
-    arguments.figure.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(arguments.figure, dpi=130)

@@ -13,7 +13,15 @@ import torch
 import torch.nn.functional as F
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from torch import Tensor, nn
-from transformers import GPT2Config, GPT2LMHeadModel, set_seed
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    PreTrainedModel,
+    ViTConfig,
+    ViTForImageClassification,
+    get_scheduler,
+    set_seed,
+)
 
 from hf_rotational.demo.corpus import docstring_dataset, is_validation
 from hf_rotational.demo.files import file_dataset
@@ -54,8 +62,12 @@ class LanguageModel:
         )
         return GPT2LMHeadModel(config)
 
+    def tokens(self) -> tuple[Tensor, Tensor]:
+        """To train on, and held out."""
+        return source_tokens(self.vocabulary, standard_library())
+
     def batches(self, seed: int) -> Iterator[Tensor]:
-        tokens, generator = source_tokens(self.vocabulary)[0], torch.Generator().manual_seed(1000 + seed)
+        tokens, generator = self.tokens()[0], torch.Generator().manual_seed(1000 + seed)
         while True:
             yield self._rows(tokens, self.rows, generator)
 
@@ -64,7 +76,7 @@ class LanguageModel:
         return F.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())
 
     def evaluate(self, model: nn.Module) -> dict[str, float]:
-        rows = self._rows(source_tokens(self.vocabulary)[1], self.held_out_rows, torch.Generator().manual_seed(0))
+        rows = self._rows(self.tokens()[1], self.held_out_rows, torch.Generator().manual_seed(0))
         parts = rows.split(32)
         return {"loss": sum(float(self.loss(model, part)) * len(part) for part in parts) / len(rows)}
 
@@ -73,22 +85,67 @@ class LanguageModel:
         return tokens[starts + torch.arange(self.length + 1)]
 
 
+@dataclass(frozen=True)
+class InstalledSources(LanguageModel):
+    """A GPT-2 of 124 million parameters, from scratch, bfloat16 by autocast, on all Python sources installed."""
+
+    width: int = 768
+    depth: int = 12
+    heads: int = 12
+    vocabulary: int = 50257
+    length: int = 1024
+    rows: int = 32
+    device: str = "cuda"
+
+    def build(self, seed: int) -> nn.Module:
+        return super().build(seed).to(self.device)
+
+    def tokens(self) -> tuple[Tensor, Tensor]:
+        return source_tokens(self.vocabulary, installed_files())
+
+    def loss(self, model: nn.Module, batch: Tensor) -> Tensor:
+        with torch.autocast(torch.device(self.device).type, torch.bfloat16):
+            return super().loss(model, batch.to(self.device))
+
+
 @cache
-def source_tokens(vocabulary: int) -> tuple[Tensor, Tensor]:
-    """Tokens to train on, and tokens of the modules that are held out."""
+def standard_library() -> tuple[Path, ...]:
+    """Its modules, without packages."""
+    return tuple(sorted(Path(sysconfig.get_path("stdlib")).glob("*.py")))
+
+
+@cache
+def installed_files() -> tuple[Path, ...]:
+    """Every Python file of the standard library and of the packages installed."""
+    folders = {Path(sysconfig.get_path(name)).resolve() for name in ("stdlib", "purelib", "platlib")}
+    return tuple(sorted({file for folder in folders for file in folder.rglob("*.py")}))
+
+
+FILES_AT_ONCE = 512
+"""Of a text that is tokenized in one piece; more than the standard library's modules are."""
+
+
+@cache
+def source_tokens(vocabulary: int, files: tuple[Path, ...]) -> tuple[Tensor, Tensor]:
+    """Tokens to train on, and tokens of the files that are held out: by name, so that copies are on one side."""
     texts: dict[bool, list[str]] = {False: [], True: []}
-    for file in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py")):
+    for file in files:
         texts[is_validation(file.name)].append(file.read_text("utf-8", errors="replace"))
-    splits = ["".join(texts[held_out]) for held_out in (False, True)]
+    splits = [
+        ["".join(part[start : start + FILES_AT_ONCE]) for start in range(0, len(part), FILES_AT_ONCE)]
+        for part in (texts[False], texts[True])
+    ]
     if vocabulary == 256:
-        train, held_out = (torch.tensor(list(split.encode())) for split in splits)
+        train, held_out = (torch.tensor(list("".join(split).encode())) for split in splits)
         return train, held_out
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(vocab_size=vocabulary, initial_alphabet=alphabet, show_progress=False)
     tokenizer.train_from_iterator(texts[False], trainer)
-    train, held_out = (torch.tensor(tokenizer.encode(split).ids) for split in splits)
+    train, held_out = (
+        torch.cat([torch.tensor(tokenizer.encode(text).ids, dtype=torch.long) for text in split]) for split in splits
+    )
     return train, held_out
 
 
@@ -118,11 +175,7 @@ class Classification:
         return model
 
     def batches(self, seed: int) -> Iterator[Batch]:
-        data, generator = classification_data(self)[1], torch.Generator().manual_seed(1000 + seed)
-        while True:
-            for places in torch.randperm(len(data["labels"]), generator=generator).split(self.rows):
-                if len(places) == min(self.rows, len(data["labels"])):
-                    yield {name: values[places] for name, values in data.items()}
+        return shuffled(classification_data(self)[1], self.rows, 1000 + seed)
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         loss: Tensor = model(**batch).loss
@@ -170,3 +223,103 @@ def classification_data(task: Classification) -> tuple[tuple[str, ...], Batch, B
         for encoded, split in zip(splits, ("train", "validation"), strict=True)
     )
     return tuple(data["train"].features["label"].names), train, validation, used
+
+
+@dataclass(frozen=True)
+class LoraClassification(Classification):
+    """The same with everything frozen but low-rank adapters of the attention's queries and values, and the head."""
+
+    rank: int = 8
+    alpha: int = 16
+
+    def build(self, seed: int) -> nn.Module:
+        from peft import LoraConfig, TaskType, get_peft_model
+
+        options = {"r": self.rank, "lora_alpha": self.alpha, "target_modules": ["query", "value"]}
+        return get_peft_model(super().build(seed), LoraConfig(task_type=TaskType.SEQ_CLS, **options))
+
+
+@dataclass(frozen=True)
+class Images:
+    """A small ViT, pretrained here on scikit-learn's handwritten digits 0 to 4, with a new head for 5 to 9."""
+
+    width: int = 64
+    depth: int = 4
+    heads: int = 4
+    pretraining_steps: int = 600
+    rows: int = 16
+    """Of a batch."""
+
+    def build(self, seed: int) -> nn.Module:
+        set_seed(seed)
+        model = self.untrained()
+        weights = pretrained_weights(self)
+        model.load_state_dict({**model.state_dict(), **{n: w for n, w in weights.items() if "classifier" not in n}})
+        return model
+
+    def untrained(self) -> PreTrainedModel:
+        config = ViTConfig(
+            hidden_size=self.width,
+            num_hidden_layers=self.depth,
+            num_attention_heads=self.heads,
+            intermediate_size=4 * self.width,
+            image_size=8,
+            patch_size=2,
+            num_channels=1,
+            num_labels=5,
+        )
+        return ViTForImageClassification(config)
+
+    def batches(self, seed: int) -> Iterator[Batch]:
+        return shuffled(digits(5)[0], self.rows, 1000 + seed)
+
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        loss: Tensor = model(**batch).loss
+        return loss
+
+    def evaluate(self, model: nn.Module) -> dict[str, float]:
+        data = digits(5)[1]
+        output = model(**data)
+        right = (output.logits.argmax(-1) == data["labels"]).float()
+        return {"loss": float(output.loss), "accuracy": float(right.mean())}
+
+
+@cache
+def digits(first: int) -> tuple[Batch, Batch]:
+    """Images of five digits, labelled from 0, to train on and to validate: every fifth."""
+    from sklearn.datasets import load_digits
+
+    stored = load_digits()
+    images = torch.tensor(stored.images, dtype=torch.float32).div(8).sub(1).unsqueeze(1)
+    labels = torch.tensor(stored.target) - first
+    chosen = ((labels >= 0) & (labels < 5)).nonzero().flatten()
+    held_out = torch.arange(len(chosen)) % 5 == 4
+    train, validation = (
+        {"pixel_values": images[part], "labels": labels[part]} for part in (chosen[~held_out], chosen[held_out])
+    )
+    return train, validation
+
+
+@cache
+def pretrained_weights(task: Images) -> dict[str, Tensor]:
+    """The checkpoint: AdamW with warmup on the digits 0 to 4, always the same. Ten seconds, once in a process."""
+    set_seed(0)
+    model = task.untrained()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    schedule = get_scheduler("linear", optimizer, task.pretraining_steps // 10, task.pretraining_steps)
+    batches = shuffled(digits(0)[0], 2 * task.rows, 0)
+    for _ in range(task.pretraining_steps):
+        task.loss(model, next(batches)).backward()
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+    return model.state_dict()
+
+
+def shuffled(data: Batch, rows: int, seed: int) -> Iterator[Batch]:
+    """Batches of so many rows (all, if there are fewer), in a new order every epoch."""
+    count, generator = len(data["labels"]), torch.Generator().manual_seed(seed)
+    while True:
+        for places in torch.randperm(count, generator=generator).split(rows):
+            if len(places) == min(rows, count):
+                yield {name: values[places] for name, values in data.items()}

@@ -19,9 +19,10 @@ from tokenizers.pre_tokenizers import Whitespace
 from torch import nn
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
-from benchmarks import fine_tuning, need_for_warmup, training
-from benchmarks.training import Finished, Method, Results, Run, grid, optimizer_of, train
-from benchmarks.training_tasks import Classification, LanguageModel
+from benchmarks import fine_tuning, fine_tuning_more, need_for_warmup, reports, training, training_tasks
+from benchmarks.reports import Finished, differences, paired_table, student_95
+from benchmarks.training import Method, Results, Run, grid, optimizer_of, train
+from benchmarks.training_tasks import Classification, Images, LanguageModel, LoraClassification
 from examples.paper import adam_l2_balance, imbalanced_rotation, lr_times_weight_decay, sensitivity
 from hf_rotational import RotationalAdamW, plan
 from hf_rotational.demo.model import load_classifier, load_tokenizer
@@ -29,6 +30,8 @@ from hf_rotational.demo.model import load_classifier, load_tokenizer
 TINY = LanguageModel(width=16, depth=1, vocabulary=256, length=16, rows=2, held_out_rows=4)
 WORDS = ("red", "green", "blue", "one", "two", "three", "never")
 PRETRAINING = (need_for_warmup, lr_times_weight_decay, adam_l2_balance, imbalanced_rotation, sensitivity)
+SCRIPTS = (*PRETRAINING, fine_tuning, fine_tuning_more)
+RATES = (1e-3, 1e-2)
 
 
 @pytest.fixture(scope="module")
@@ -49,21 +52,35 @@ def bert(tmp_path_factory: pytest.TempPathFactory) -> Classification:
     return Classification(model=str(folder), train_file=str(file), validation_file=str(file), length=4, rows=4)
 
 
+def shrink(script: ModuleType, monkeypatch: pytest.MonkeyPatch, bert: Classification) -> tuple[str, ...]:
+    """Makes a script's tasks tiny; returns the options that it takes besides."""
+    if script is fine_tuning_more:
+        images = Images(width=16, depth=1, heads=2, pretraining_steps=2, rows=4)
+        tasks = {Classification: bert, LoraClassification: LoraClassification(**vars(bert)), Images: images}
+        tiny = {
+            title: replace(each, task=tasks[type(each.task)], learning_rates=RATES, steps=4)
+            for title, each in script.EXPERIMENTS.items()
+        }
+        monkeypatch.setattr(script, "EXPERIMENTS", tiny)
+        return ()
+    monkeypatch.setattr(script, "STEPS", 4)
+    monkeypatch.setattr(script, "LEARNING_RATES", RATES)
+    if script is fine_tuning:
+        monkeypatch.setattr(script, "DETAIL_RATES", RATES)
+        return "--details", "--model", str(bert.model), "--train_file", str(bert.train_file)
+    monkeypatch.setattr(script, "TASK", TINY)
+    return ()
+
+
 @pytest.fixture
 def start(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, bert: Classification) -> Callable[..., tuple[Path, Path]]:
-    """Runs a script on a tiny task, its first two learning rates and every third method; returns its files."""
+    """Runs a script on tiny tasks and two learning rates; returns its files."""
 
     def run(script: ModuleType, *options: str) -> tuple[Path, Path]:
         results, figure = tmp_path / "results.json", tmp_path / "figure.png"
-        monkeypatch.setattr(script, "STEPS", 4)
-        monkeypatch.setattr(script, "LEARNING_RATES", (1e-3, 1e-2))
-        if script is fine_tuning:
-            options = (*options, "--model", str(bert.model), "--train_file", str(bert.train_file))
-        else:
-            monkeypatch.setattr(script, "TASK", TINY)
-        monkeypatch.setattr(
-            sys, "argv", ["script", "--workers", "1", "--results", str(results), "--figure", str(figure), *options]
-        )
+        files = ("--results", str(results), "--figure", str(figure))
+        options = (*options, *shrink(script, monkeypatch, bert))
+        monkeypatch.setattr(sys, "argv", ["script", "--workers", "1", *files, *options])
         script.main()
         return results, figure
 
@@ -75,7 +92,14 @@ def rows_of(file: Path) -> list[dict[str, Any]]:
     return rows
 
 
-@pytest.mark.parametrize("script", [*PRETRAINING, fine_tuning], ids=lambda script: script.__name__.split(".")[-1])
+def methods_of(script: ModuleType) -> set[str]:
+    """Names of all that a script trains."""
+    if script is fine_tuning_more:
+        return {f"{title}: {name}" for title, each in script.EXPERIMENTS.items() for name in each.methods}
+    return {*script.METHODS, *getattr(script, "DETAILS", ())}
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.__name__.split(".")[-1])
 def test_a_script_trains_reports_and_draws_every_method(
     script: ModuleType, start: Callable[..., tuple[Path, Path]], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -84,12 +108,73 @@ def test_a_script_trains_reports_and_draws_every_method(
     printed = capsys.readouterr().out
     assert figure.stat().st_size > 0
     rows = rows_of(results)
-    assert {(row["name"], row["lr"]) for row in rows} == {(name, lr) for name in script.METHODS for lr in (1e-3, 1e-2)}
+    assert {(row["name"], row["lr"]) for row in rows} == {(name, lr) for name in methods_of(script) for lr in RATES}
     assert all(math.isfinite(row["outcome"]["evaluations"][-1]["loss"]) for row in rows)
-    for name in script.METHODS:
+    for name in methods_of(script) - getattr(script, "DETAILS", {}).keys():  # which are told as differences
         losses = [row["outcome"]["evaluations"][-1]["loss"] for row in rows if row["name"] == name]
         line = "| ".join(f"{loss:.3f} " for loss in losses)
-        assert any(name in row and line in row for row in printed.splitlines())
+        assert any(name.rpartition(": ")[2] in row and line in row for row in printed.splitlines())
+
+
+def test_a_gpu_scale_run_trains_on_all_installed_sources(
+    start: Callable[..., tuple[Path, Path]],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    files = [tmp_path / f"{index}.py" for index in range(20)]
+    for file in files:
+        file.write_text(f"print('{file.name}')\n" * 20)
+    monkeypatch.setattr(training_tasks, "installed_files", lambda: tuple(files))
+    monkeypatch.setattr(need_for_warmup, "GPU_LEARNING_RATES", RATES)
+    sizes = {"width": 16, "depth": 1, "heads": 2, "vocabulary": 260, "length": 16, "rows": 2, "steps": 40}
+    options = [text for name, size in sizes.items() for text in (f"--{name}", str(size))]
+    results, figure = start(need_for_warmup, "--scale", "gpu", "--device", "cpu", "--seeds", "1", *options)
+
+    assert figure.stat().st_size > 0
+    rows = rows_of(results)
+    assert {(row["name"], row["lr"]) for row in rows} == {
+        (name, lr) for name in need_for_warmup.GPU_METHODS for lr in RATES
+    }
+    assert all(row["outcome"]["evaluations"][-1]["loss"] < math.log(260) for row in rows)  # it has learned something
+    assert "Median step" in capsys.readouterr().out
+
+
+def test_a_scale_has_files_of_its_own(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(reports, "ROOT", tmp_path)
+    for options, name in ((), "need_for_warmup.json"), (("--scale", "gpu"), "need_for_warmup_gpu.json"):
+        monkeypatch.setattr(sys, "argv", ["script", "--report", *options])
+        with pytest.raises(SystemExit):
+            need_for_warmup.main()
+        assert f"{tmp_path / 'benchmarks' / 'results' / name}: none of the" in capsys.readouterr().err
+
+
+def test_an_image_model_starts_from_its_checkpoint_with_a_new_head() -> None:
+    task = Images(width=16, depth=1, heads=2, pretraining_steps=2)
+    one, other, stored = task.build(1).state_dict(), task.build(2).state_dict(), training_tasks.pretrained_weights(task)
+    body = [name for name in stored if "classifier" not in name]
+    assert len(body) == len(stored) - 2
+    assert all(torch.equal(one[name], stored[name]) and torch.equal(other[name], stored[name]) for name in body)
+    assert not torch.equal(one["classifier.weight"], other["classifier.weight"])
+    train, held_out = training_tasks.digits(5)
+    assert len(train["labels"]) == pytest.approx(4 * len(held_out["labels"]), abs=4)
+    assert set(train["labels"].tolist()) == set(held_out["labels"].tolist()) == set(range(5))
+
+
+def test_lion_without_rotation_takes_the_sign_of_its_interpolated_momentum(bert: Classification) -> None:
+    model, lr, (beta1, beta2) = bert.build(0), 1e-3, (0.9, 0.99)
+    optimizer = optimizer_of(model, Method("lion", weight_decay=0.1), lr)
+    weight = model.get_parameter("bert.encoder.layer.0.intermediate.dense.weight")
+    expected, momentum, batches = weight.detach().clone(), torch.zeros_like(weight), bert.batches(0)
+    for _ in range(3):
+        bert.loss(model, next(batches)).backward()
+        expected = (1 - lr * 0.1) * expected - lr * (beta1 * momentum + (1 - beta1) * weight.grad).sign()
+        momentum = beta2 * momentum + (1 - beta2) * weight.grad
+        optimizer.step()
+        optimizer.zero_grad()
+        torch.testing.assert_close(weight.detach(), expected)
 
 
 @pytest.mark.parametrize("page", ["evidence.md", "paper.md"])
@@ -97,7 +182,7 @@ def test_tables_of_the_docs_are_those_of_the_results(
     page: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     text = (training.ROOT / "docs" / page).read_text("utf-8")
-    scripts = [script for script in (*PRETRAINING, fine_tuning) if f"python -m {script.__name__} " in text]
+    scripts = [script for script in SCRIPTS if f"python -m {script.__name__} " in text]
     monkeypatch.setattr(sys, "argv", ["script", "--report", "--figure", str(tmp_path / "figure.png")])
     for script in scripts:
         script.main()
@@ -142,7 +227,7 @@ def test_a_report_of_nothing_says_so(
     with pytest.raises(SystemExit) as stopped:
         start(sensitivity, "--report")
     assert stopped.value.code == 1
-    assert f"none of the {len(sensitivity.METHODS) * 2 * 2} runs has been trained" in capsys.readouterr().err
+    assert f"none of the {len(sensitivity.METHODS) * 2 * 3} runs has been trained" in capsys.readouterr().err
 
 
 def test_a_loss_that_is_not_finite_is_stored_and_comes_back_as_infinite(tmp_path: Path) -> None:
@@ -255,15 +340,22 @@ def finished(losses: dict[str, dict[float, list[float]]], steps: int = 1) -> Fin
 def test_differences_leave_out_what_a_seed_does_to_all() -> None:
     # Baseline, and two methods that are 1 and 2 above it; seeds shift all by 5; what is left is +-0.1.
     losses = {fine_tuning.BASELINE: [1.1, 5.9], "a": [1.9, 7.1], "b": [3.0, 8.0]}
-    result, half_width = fine_tuning.differences(finished({n: {0.1: v} for n, v in losses.items()}), 0.1, "loss")
+    runs = finished({name: {0.1: values} for name, values in losses.items()})
+    result, half_width = differences(runs, fine_tuning.BASELINE, 0.1, "loss")
     assert result == pytest.approx({fine_tuning.BASELINE: 0.0, "a": 1.0, "b": 2.0})
     # Residuals +-(0.1, 0.1, 0) over 2 degrees of freedom: 0.04/2; the interval of a difference of two means of 2.
-    assert half_width == pytest.approx(fine_tuning.student_95(2) * math.sqrt(0.02) * math.sqrt(2 / 2))
+    assert half_width == pytest.approx(student_95(2) * math.sqrt(0.02) * math.sqrt(2 / 2))
 
 
 @pytest.mark.parametrize(("freedom", "quantile"), [(4, 2.7764), (8, 2.3060), (20, 2.0860), (100, 1.9840)])
 def test_student_quantile_is_that_of_tables(freedom: int, quantile: float) -> None:
-    assert fine_tuning.student_95(freedom) == pytest.approx(quantile, rel=0.02)
+    assert student_95(freedom) == pytest.approx(quantile, rel=0.02)
+
+
+def test_paired_differences_are_of_the_seeds_that_both_have() -> None:
+    runs = finished({"reference": {0.1: [1.0, 2.0, 9.0], 0.2: [1.0]}, "a": {0.1: [1.5, 2.7]}})
+    columns = [list(column.cells) for column in paired_table("", runs, ["a", "not trained"], "reference").columns]
+    assert columns == [["a"], ["+42.5% ± 10.6%"], ["2"]]  # 50 % and 35 %
 
 
 def test_good_range_is_interpolated_between_learning_rates() -> None:
