@@ -7,11 +7,13 @@ import runpy
 import sys
 from collections.abc import Sequence
 
+import torch
+
 from hf_rotational.errors import UserError
 
 
 def run_script(script: str, arguments: Sequence[str] = ()) -> None:
-    """Run ``script`` as ``__main__`` in this process, which stays as the script leaves it.
+    """Run ``script`` as ``__main__`` in this process, which stays as the script leaves it but for its process group.
 
     Args:
         script: path of the script.
@@ -38,3 +40,7 @@ def run_script(script: str, arguments: Sequence[str] = ()) -> None:
     if not getattr(sys.flags, "safe_path", sys.flags.isolated):
         sys.path[0] = os.path.dirname(os.path.realpath(script))
     runpy.run_path(script, run_name="__main__")
+    # Trainers leave their process group as it is. On CPUs its threads may then abort a rank whose work is all done, and
+    # with it the launcher, while the interpreter ends.
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()

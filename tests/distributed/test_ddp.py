@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import GPT2Config, GPT2LMHeadModel, set_seed
 
 from hf_rotational import RotationalAdamW, RotationalTrainer, RotationalTrainingArguments, plan
-from tests.distributed.ranks import launch
+from tests.distributed.ranks import launch, leave
 
 LENGTH = 8
 # Sums over ranks round in another order: 1e-16, which Adam divides by gradients down to 1e-8.
@@ -127,4 +127,4 @@ if __name__ == "__main__":
     torch.save(
         loop(dist.get_rank(), dist.get_world_size()), output / f"loop {dist.get_rank()} of {dist.get_world_size()}.pt"
     )
-    dist.destroy_process_group()
+    leave()

@@ -32,7 +32,7 @@ from hf_rotational import (
 )
 from hf_rotational.errors import UserError
 from hf_rotational.training.distributed import check_deepspeed
-from tests.distributed.ranks import launch
+from tests.distributed.ranks import launch, leave
 from tests.helpers import exactly_equal
 
 STEPS, BATCH, WORDS = 6, 8, 40
@@ -369,3 +369,4 @@ def test_deepspeed_steps_on_a_float32_copy_of_16_bit_weights(said: dict[str, Any
 
 if __name__ == "__main__":
     train_with_deepspeed(Path(sys.argv[1]))
+    leave()

@@ -24,6 +24,7 @@ from torch.distributed.tensor import DTensor
 from transformers import LlamaConfig, LlamaForCausalLM, set_seed
 
 from hf_rotational import RotationalTrainer, RotationalTrainingArguments
+from tests.distributed.ranks import leave
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = {path.stem: path for path in sorted((ROOT / "examples" / "accelerate").glob("*.yaml"))}
@@ -126,3 +127,4 @@ if __name__ == "__main__":
     if os.environ["RANK"] == "0":
         Path(sys.argv[1], "seen.json").write_text(json.dumps(found))
         torch.save(weights, Path(sys.argv[1], "weights.pt"))
+    leave()

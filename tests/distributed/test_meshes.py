@@ -26,7 +26,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 
 from hf_rotational import RotationalAdamW, RotationalLion, rotational
 from hf_rotational.optim.optimizer import RotationalOptimizer
-from tests.distributed.ranks import launch
+from tests.distributed.ranks import launch, leave
 from tests.helpers import LR, WEIGHT_DECAY, gradient, noise
 from tests.helpers import train as train_on_noise
 
@@ -194,4 +194,4 @@ if __name__ == "__main__":
     share_out(Path(sys.argv[1]))
     step_on_meshes(Path(sys.argv[1]))
     train_tensor_parallel(Path(sys.argv[1]))
-    dist.destroy_process_group()
+    leave()

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.distributed.ranks import launch
+from tests.distributed.ranks import launch, leave
 
 STEPS = 4
 SHAPE = (5, 7)  # divides by 2 in neither dim
@@ -177,3 +177,4 @@ if __name__ == "__main__":
     train(f"{output}/ddp", batch_size=4)
     measure_shards(output)
     measure_fully_sharded(output)
+    leave()

@@ -24,7 +24,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, MixtralConfig, MixtralForC
 from hf_rotational import RotationalAdam, RotationalAdamW, RotationalLion, RotationalSGD, plan, rotational
 from hf_rotational.optim.kernels import build, cpu
 from hf_rotational.optim.optimizer import RotationalOptimizer
-from tests.distributed.ranks import launch
+from tests.distributed.ranks import launch, leave
 
 STEPS, BEFORE_SAVING = 6, 3
 BUILD: dict[str, Any] = {
@@ -209,4 +209,4 @@ if __name__ == "__main__":
         count_collectives(output)
     else:
         resume(output, dist.get_world_size())
-    dist.destroy_process_group()
+    leave()

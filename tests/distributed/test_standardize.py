@@ -22,7 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from hf_rotational import fold, standardize
 from hf_rotational.standardize import MODES, load_raw_state_dict, raw_state_dict, raw_state_dicts
-from tests.distributed.ranks import launch
+from tests.distributed.ranks import launch, leave
 from tests.standardized import batch, make
 
 CASES = [("gpt2", "function_preserving"), ("gpt_oss", "function_preserving"), *(("bert", mode) for mode in MODES[1:])]
@@ -179,4 +179,4 @@ if __name__ == "__main__":
         for name, mode in CASES
     }
     torch.save(results, Path(sys.argv[1]) / f"{dist.get_rank()}.pt")
-    dist.destroy_process_group()
+    leave()

@@ -29,7 +29,7 @@ from transformers import (
 )
 
 from hf_rotational import RotationalTrainer, RotationalTrainingArguments
-from tests.distributed.ranks import launch
+from tests.distributed.ranks import launch, leave
 
 STEPS, BATCH, WORDS = 6, 8, 40
 STATE_DICTS = ("FULL_STATE_DICT", "SHARDED_STATE_DICT")
@@ -195,4 +195,4 @@ if __name__ == "__main__":
             put(output, f"{case} trained on 2", train_fully_sharded(output, case))
         saved = str(output / case / f"checkpoint-{STEPS // 2}")
         put(output, f"{case} resumed on {dist.get_world_size()}", train_fully_sharded(output, case, saved))
-    dist.destroy_process_group()
+    leave()

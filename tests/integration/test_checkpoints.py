@@ -24,7 +24,7 @@ from transformers import BertConfig, BertForSequenceClassification, Trainer, Tra
 import trainer_patches
 from hf_rotational import RotationalTrainer, RotationalTrainingArguments
 from hf_rotational.training.checkpoint import RAW_WEIGHTS_NAME
-from tests.distributed.ranks import launch
+from tests.distributed.ranks import launch, leave
 from tests.helpers import exactly_equal
 from tests.standardized import difference, logits, make
 
@@ -321,7 +321,6 @@ def train_in_two_processes(folder: str) -> None:
         resumed.train(resume_from_checkpoint=str(checkpoint(Path(folder, name))))
         exactly_equal(parameters(resumed.model), parameters(whole.model))
         print(f"{name} on {resumed.args.world_size} processes: resumed exactly")
-    torch.distributed.destroy_process_group()
 
 
 @pytest.mark.skipif(
@@ -336,3 +335,4 @@ def test_in_two_processes_too(tmp_path: Path) -> None:
 
 if __name__ == "__main__":
     train_in_two_processes(sys.argv[1])
+    leave()

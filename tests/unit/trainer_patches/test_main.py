@@ -8,6 +8,7 @@ import textwrap
 from pathlib import Path
 
 import pytest
+import torch
 
 import trainer_patches
 from hf_rotational import compat
@@ -78,6 +79,17 @@ def test_errors_of_the_script_pass_through(run):
     with pytest.raises(ZeroDivisionError) as error:
         run("1 / 0")
     assert error.traceback[-1].path.name == "script.py"
+
+
+def test_a_process_group_is_left_when_the_script_ends(run):
+    run(
+        """
+        import torch.distributed as dist
+
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        """
+    )
+    assert not torch.distributed.is_initialized()
 
 
 def test_settings_that_cannot_be_used_end_it_with_one_line(run, capsys):
