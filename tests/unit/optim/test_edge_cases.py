@@ -61,6 +61,16 @@ def test_rows_without_a_norm_take_the_plain_step_without_weight_decay(
 
 
 @each_backend
+def test_the_norm_of_a_neuron_of_millions_of_entries_is_held(backend: str) -> None:
+    parameter = nn.Parameter(noise(2000, 2000, dtype=torch.float32))
+    parameter.grad = noise(2000, 2000, seed=1, dtype=torch.float32)
+    before = parameter.detach().double().norm()
+    make(RotationalSGD, [parameter], granularity="tensor", backend=backend).step()
+    # Every entry has its rounding, 6e-8, and so has the factor that rescales them.
+    torch.testing.assert_close(parameter.detach().double().norm(), before, rtol=2e-7, atol=0.0)
+
+
+@each_backend
 @each_optimizer
 def test_a_neuron_turns_by_the_target_when_its_first_gradient_comes(build: Builder, backend: str) -> None:
     parameter = nn.Parameter(noise(5, 7, dtype=torch.float32))
