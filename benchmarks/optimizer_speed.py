@@ -32,6 +32,7 @@ from rich.table import Table
 from torch import nn
 from transformers import BertConfig, BertForSequenceClassification, GPT2Config, GPT2LMHeadModel
 
+from benchmarks.memory_traffic import MemoryTraffic
 from benchmarks.published_adamw import PublishedRotationalAdamW
 from benchmarks.reports import table
 from hf_rotational import RotationalAdamW, RotationalLion, RotationalSGD, plan
@@ -87,7 +88,7 @@ FUSED = {
     "RotationalLion fused": rotational(RotationalLion, backend="fused"),
     "RotationalSGD fused, momentum": rotational(RotationalSGD, backend="fused", momentum=0.9),
 }
-OPTIMIZERS: dict[str, Callable[[nn.Module], torch.optim.Optimizer]] = {
+OPTIMIZERS: dict[str, Callable[[nn.Module], Any]] = {
     "torch AdamW (a loop)": plain(torch.optim.AdamW),
     "torch AdamW foreach": plain(torch.optim.AdamW, foreach=True),
     "torch SGD fused, momentum": plain(torch.optim.SGD, fused=True, momentum=0.9),
@@ -95,6 +96,8 @@ OPTIMIZERS: dict[str, Callable[[nn.Module], torch.optim.Optimizer]] = {
     "RotationalAdamW foreach": rotational(RotationalAdamW, backend="foreach"),
     "RotationalAdamW eager": rotational(RotationalAdamW, backend="eager"),
     "published RotationalAdamW": plain(PublishedRotationalAdamW, weight_decay=WEIGHT_DECAY),
+    "reads and writes of RotationalAdamW": partial(MemoryTraffic, moments=2),
+    "reads and writes of RotationalSGD, RotationalLion": partial(MemoryTraffic, moments=1),
 }
 if hasattr(torch.optim, "Muon"):
     OPTIMIZERS["torch Muon (matrices alone)"] = lambda model: torch.optim.Muon(matrices_of(model), lr=LR)
@@ -127,7 +130,7 @@ def peak_mb(step: Callable[[], Any]) -> float | None:
         return None
 
 
-def take_turns(model: nn.Module, build: Callable[[nn.Module], torch.optim.Optimizer], threads: int) -> dict[str, Any]:
+def take_turns(model: nn.Module, build: Callable[[nn.Module], Any], threads: int) -> dict[str, Any]:
     """Steps of an optimizer and of the baseline on the same weights, in turns."""
     clock = time.thread_time if threads == 1 else time.perf_counter
     optimizer, baseline = build(model), BASELINE(model)

@@ -151,8 +151,8 @@ class _Turn:
         if holds_mean(group):
             start = weight.clone()
             mean = yield from center_(start, self.dims, self.fan_in)
-        norm = (yield neuron_norm(start, self.dims).square()).sqrt()
-        whole = (yield neuron_norm(weight, self.dims).square()).sqrt() if holds_mean(group) else norm
+        norm = yield from self._norm(start)
+        whole = (yield from self._norm(weight)) if holds_mean(group) else norm
         number = torch.finfo(weight.dtype)
         # As good as 0: a norm whose square underflows (its reciprocal would not be finite), and the rounding that
         # centring leaves of a constant neuron.
@@ -166,6 +166,11 @@ class _Turn:
                 state["mean"] = mean[place].clone()
             if group["centering"] == "weights":
                 state["centered"] = False
+
+    def _norm(self, weight: Tensor) -> Sums[Tensor]:
+        # Torch's sums depend on the number of threads; those in double precision in no digit that is kept.
+        norm = yield neuron_norm(weight, self.dims, torch.float64).square()
+        return norm.sqrt().to(weight.dtype)
 
     def take(self, weights: list[Tensor], grads: list[Tensor], states: list[State]) -> Sums[None]:
         """Rotates weights, in place, along their inner directions, and learns what is learned of norms and means."""

@@ -46,8 +46,11 @@ def compiler() -> list[str]:
 
 
 @functools.cache
-def library() -> Path:
+def library(source: Path = SOURCE) -> Path:
     """The built kernel, which is built now unless it was before.
+
+    Args:
+        source: a C file.
 
     Raises:
         KernelUnavailable: without a compiler that can build it, or a cache that can be written.
@@ -55,9 +58,9 @@ def library() -> Path:
     command = compiler()
     version = _run([*command, "--version"])
     key = hashlib.sha256(
-        repr((SOURCE.read_text(encoding="utf-8"), command, version, FLAGS, TUNED, _processor())).encode()
+        repr((source.read_text(encoding="utf-8"), command, version, FLAGS, TUNED, _processor())).encode()
     )
-    built = cache_folder() / f"cpu-{key.hexdigest()[:20]}.so"
+    built = cache_folder() / f"{source.stem}-{key.hexdigest()[:20]}.so"
     if built.exists():
         return built
     try:
@@ -66,7 +69,7 @@ def library() -> Path:
             new = Path(folder, built.name)
             for place, tuned in enumerate(TUNED, start=1):
                 try:
-                    _run([*command, *FLAGS, *tuned, "-o", str(new), str(SOURCE), "-lm"])
+                    _run([*command, *FLAGS, *tuned, "-o", str(new), str(source), "-lm"])
                     break
                 except KernelUnavailable:
                     if place == len(TUNED):
