@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any, TypedDict
 
+import torch
 from torch import Tensor
 
 from hf_rotational.optim.inner import Group, check_non_negative
@@ -49,6 +50,10 @@ def check_group(group: Group) -> None:
             raise ValueError(f"Invalid {name}: {group[name]!r} (must be one of {', '.join(allowed)})")
     if not 0.0 < group["rotation_scale"] < math.inf:
         raise ValueError(f"Invalid rotation_scale: {group['rotation_scale']} (must be a finite number > 0)")
+    if group["capturable"] and group["transient_correction"]:
+        raise ValueError("Invalid capturable: True with transient_correction=True (it is worked out on the host)")
+    if group["capturable"] and isinstance(group["lr"], Tensor) and group["lr"].dtype != torch.float32:
+        raise ValueError(f"Invalid lr: a tensor of {group['lr'].dtype} (must be float32 with capturable=True)")
     check_rotation(group["rotation"])
     if isinstance(group["rotation"], float | int) and group["peak_lr"] == 0:
         raise ValueError(

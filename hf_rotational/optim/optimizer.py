@@ -74,6 +74,9 @@ class RotationalOptimizer(torch.optim.Optimizer):
             as ``"auto"`` would (docs/speed.md); ``"eager"`` works tensor by tensor, with little memory; ``"foreach"``
             on all tensors of a shape at once, with few kernel launches; on a CPU both work in blocks that fit its
             cache; ``"auto"`` takes foreach on accelerators and fused on CPUs, without a compiler eager.
+        capturable: whether CUDA graphs may capture ``step()``: steps are counted on the device, and a learning rate
+            that is a float32 tensor on it is read there at every replay (a number is the one it was captured with).
+            With ``backend="fused"``; two steps have to be taken before (docs/speed.md).
         maximize: step uphill.
 
     Raises:
@@ -110,6 +113,7 @@ class RotationalOptimizer(torch.optim.Optimizer):
         gain_lr_multiplier: float = 1.0,
         gain_weight_decay: float = 0.0,
         backend: str = "auto",
+        capturable: bool = False,
         maximize: bool = False,
     ) -> None:
         if backend not in BACKENDS:
@@ -131,6 +135,7 @@ class RotationalOptimizer(torch.optim.Optimizer):
             # rms(weight) that rotation="match" divides by: measured once, then part of every checkpoint.
             "match_rms": None,
             "backend": backend,
+            "capturable": capturable,
         }
         self._kernels, self._seen = (cpu.FusedStep(self.inner), cuda.FusedStep(self.inner)), None
         super().__init__(params, {**defaults, **rotational, "maximize": maximize})
@@ -162,10 +167,10 @@ class RotationalOptimizer(torch.optim.Optimizer):
             closure: re-evaluates the model and returns the loss.
 
         Raises:
-            RuntimeError: for a sparse gradient, for parameters that have been flattened or cut up, and while a CUDA
-                graph is captured.
+            RuntimeError: for a sparse gradient, for parameters that have been flattened or cut up, and for what cannot
+                go into a CUDA graph while one is captured.
         """
-        cuda.refuse_capture()
+        cuda.check_capture(self.param_groups, self.state)
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -179,6 +184,7 @@ class RotationalOptimizer(torch.optim.Optimizer):
             rest = kernel.step(self.param_groups, rest, self.state, self.target_rotation)
             if not any(rest):
                 return loss
+        cuda.check_captured(rest)
         places = {parameter: place for place, (parameter, _) in enumerate(self._members())}
         complete(
             (

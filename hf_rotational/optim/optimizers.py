@@ -17,6 +17,7 @@ class OptimizerOptions(RotationalOptions, total=False):
     """Keyword arguments that are not per group, besides those that are."""
 
     backend: str
+    capturable: bool
     maximize: bool
 
 

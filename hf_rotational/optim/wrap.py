@@ -53,7 +53,7 @@ def rotational(
         optimizer: a class, of which the rotational class is returned (it takes the same arguments, and
             ``RotationalOptimizer``'s keyword arguments), or an instance, whose groups and state are continued.
             Schedulers must be made for the optimizer returned.
-        **options: for an instance, ``RotationalOptimizer``'s keyword arguments but ``maximize``.
+        **options: for an instance, ``RotationalOptimizer``'s keyword arguments but ``capturable`` and ``maximize``.
 
     Raises:
         ValueError: for an optimizer that is rotational already or re-evaluates the loss (LBFGS), and what
@@ -121,7 +121,7 @@ class _WrappedOptimizer(RotationalOptimizer):
     base_class: ClassVar[type[Optimizer]]
 
     def __init__(self, params: ParamsT, *args: Any, **kwargs: Any) -> None:
-        own = OptimizerOptions.__optional_keys__ - {"maximize"}
+        own = OptimizerOptions.__optional_keys__ - {"capturable", "maximize"}
         options = {name: kwargs.pop(name) for name in tuple(kwargs) if name in own}
         self._wrap(self.base_class(params, *args, **kwargs), options)
 

@@ -21,7 +21,7 @@ Layout = tuple[int, int, int, int]
 """Of a tensor's part on this rank: (batch, outer, neurons, inner), where neurons span outer and inner."""
 WIDEST = 4096
 """Columns that the CPU's kernel sums up side by side."""
-DECISIVE = ("backend", "rotational", "neuron_dims", "granularity", "centering", "gains", "rounding")
+DECISIVE = ("backend", "rotational", "neuron_dims", "granularity", "centering", "gains", "rounding", "capturable")
 """Settings that, with the inner's buffers, decide what a kernel takes and which state it needs for that."""
 
 
@@ -109,6 +109,10 @@ class KernelStep(ABC):
     def _layout(self, parameter: Tensor, group: Group, dims: tuple[int, ...]) -> Layout | None:
         """How the kernel sees a parameter whose neurons span ``dims``; ``None`` if it cannot step it or is not to."""
 
+    def _counts_itself(self, group: Group) -> bool:
+        """Whether the kernel counts a group's steps itself, on the device."""
+        return False
+
     @abstractmethod
     def _prepare(self, step: Step, parameter: Tensor, state: State, place: int) -> bool:
         """Makes what a parameter's state lacks; returns whether the kernel may step it now. If not, this has."""
@@ -181,8 +185,7 @@ class KernelStep(ABC):
                     if not self._prepare(step, parameter, state, places[parameter]):
                         self._waiting.append(parameter)
                         continue
-                # Counters are the host's; those of another optimizer's state may be on the device, and whole numbers.
-                state["step"] = state["step"].to("cpu", torch.float32)
+                keep_counters(state, parameter.device if self._counts_itself(group) else None)
                 if not all(readable(state[name], name, parameter) for name in names):
                     self._rest[number].append(parameter)
                     continue
@@ -203,7 +206,9 @@ class KernelStep(ABC):
         return kept
 
     def _names(self, parameter: Tensor, group: Group, dims: tuple[int, ...]) -> tuple[str, ...]:
-        of_neurons = ("norm", "update_norm_sq") if dims else ()
+        of_neurons: tuple[str, ...] = ("norm", "update_norm_sq") if dims else ()
+        if dims and self._counts_itself(group):
+            of_neurons += ("rotation_step",)
         remainder = (COMPENSATION,) if group["rounding"] == "kahan" and parameter.dtype != torch.float32 else ()
         return (*self._inner.buffers(group), "step", *of_neurons, *remainder)
 
@@ -225,12 +230,22 @@ class KernelStep(ABC):
         return (grad if grad.dtype in self.dtypes else grad.to(parameter.dtype)).contiguous()
 
 
+def keep_counters(state: State, device: torch.device | None) -> None:
+    """Keeps counters on the device, or where the host has them at hand: those of a state that was loaded may be
+    elsewhere, or whole numbers."""
+    state["step"] = torch.as_tensor(state["step"]).to(device or "cpu", torch.float32)
+    if device is not None and "rotation_step" in state:
+        state["rotation_step"] = torch.as_tensor(state["rotation_step"]).to(device, torch.float32)
+    elif isinstance(state.get("rotation_step"), Tensor):
+        state["rotation_step"] = int(state["rotation_step"])
+
+
 def readable(tensor: Tensor, name: str, parameter: Tensor) -> bool:
     """Whether a kernel can read a tensor of a parameter's state: numbers in one piece, in the order of its dims."""
     part = local(tensor)
     return (
         part.dtype is (parameter.dtype if name == COMPENSATION else torch.float32)
-        and part.device == (torch.device("cpu") if name == "step" else parameter.device)
+        and (part.device == parameter.device or name == "step")
         and part.layout is torch.strided
         and part.is_contiguous()
         and not part.is_neg()

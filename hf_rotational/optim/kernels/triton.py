@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 import triton.language as tl
 
-from hf_rotational.optim.kernels.cuda import Job
+from hf_rotational.optim.kernels.cuda import Changing, Job, capturing
+from hf_rotational.optim.kernels.triton_counts import count_steps
 from hf_rotational.optim.kernels.triton_kernel import (
     COLUMNS,
     FIRST_TILE,
     GRAD,
+    LR_AT,
     MOST_PARTS,
     PARTIALS,
     SEED,
@@ -31,7 +33,7 @@ WIDTH = 32
 """Columns a program takes at a time."""
 SHARED = 1 << 16
 """Entries from which on many programs work on one neuron."""
-WARPS = 8
+OPTIONS = {"num_warps": 8, "enable_fp_fusion": True}
 DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 NEVER = 1 << 62
 """A first tile that never comes."""
@@ -54,10 +56,10 @@ class Launch:
     """A step of tensors on one device that share settings: one launch, and a second one if some of their neurons are
     shared by programs."""
 
-    def __init__(self, device: torch.device, settings: Settings, jobs: Sequence[Job]) -> None:
+    def __init__(self, device: torch.device, settings: Settings, counts: bool, jobs: Sequence[Job]) -> None:
         # Those whose neurons are shared come first: the second launch is of their tiles alone.
         work = sorted(((job, tiling_of(job)) for job in jobs), key=lambda pair: not pair[1].part)
-        self._device, self._settings = device, settings
+        self._device, self._settings, self._counts = device, settings, counts
         self._variants = tuple(sorted({tiling.variant for _, tiling in work}))
         self._members = [job.row for job, _ in work]
         self._tiles, self._shared_tiles = 0, 0
@@ -71,40 +73,55 @@ class Launch:
             self._shared_tiles += tiling.tiles if tiling.part else 0
         self._table = torch.empty(self._rows.shape, dtype=torch.int64, device=device)
         self._partials = torch.empty(self._shared_tiles, PARTIALS.value, dtype=torch.float64, device=device)
+        self._spare: torch.Tensor | None = None
+        """Pinned memory for the next CUDA graph: while one is captured, none can be had."""
+        self._replayed: list[torch.Tensor] = []
+        """What graphs copy their tables from, at every replay."""
 
-    def take(self, grads: np.ndarray[Any, Any], seeds: np.ndarray[Any, Any], numbers: np.ndarray[Any, Any]) -> None:
-        """Takes the step.
-
-        Args:
-            grads: addresses of all members' gradients; 0 for those that have none, and are not stepped.
-            seeds: of their stochastic rounding.
-            numbers: a row of :func:`~hf_rotational.optim.kernels.cuda.numbers_of` for each.
-        """
-        rows, grads = self._rows[: len(self._members)], grads[self._members]
+    def take(self, changing: Changing) -> None:
+        """Takes the step."""
+        rows, grads = self._rows[: len(self._members)], changing.grads[self._members]
         if not grads.any():
             return
         rows[:, GRAD.value] = grads
-        rows[:, SEED.value] = seeds[self._members]
-        rows.view(np.float64)[:, SIGN.value :] = numbers[self._members]
-        table = torch.from_numpy(self._rows)
+        rows[:, SEED.value] = changing.seeds[self._members]
+        rows[:, LR_AT.value] = changing.rates[self._members]
+        rows.view(np.float64)[:, SIGN.value :] = changing.numbers[self._members]
         with torch.cuda.device_of(self._table):  # type: ignore[no-untyped-call]
-            # Out of pinned memory of its own, which is not reused before it has been read: the host may run ahead.
-            self._table.copy_(table.pin_memory() if self._device.type == "cuda" else table, non_blocking=True)
+            self._table.copy_(self._source(), non_blocking=True)
+            if self._counts:
+                count_steps[(1,)](self._table, len(self._rows), num_warps=1, enable_fp_fusion=True)
             self._run(self._tiles, finishes=False)
             if self._shared_tiles:
                 self._run(self._shared_tiles, finishes=True)
 
+    def _source(self) -> torch.Tensor:
+        """The table, where the device can copy it from while the host runs ahead."""
+        table = torch.from_numpy(self._rows)
+        if self._device.type != "cuda":
+            return table
+        if not capturing():
+            if self._counts and self._spare is None:
+                self._spare = torch.empty_like(table, pin_memory=True)
+            # In memory of its own, which is not reused before it has been read.
+            return table.pin_memory()
+        if self._spare is None:
+            raise RuntimeError("a second CUDA graph can be captured once step() has been called outside of one")
+        self._replayed.append(self._spare.copy_(table))
+        self._spare = None
+        return self._replayed[-1]
+
     def _run(self, tiles: int, finishes: bool) -> None:
         arguments = (self._table, self._partials, len(self._rows), self._settings, self._variants, finishes)
-        rotational_step[(tiles,)](*arguments, num_warps=WARPS)
+        rotational_step[(tiles,)](*arguments, **OPTIONS)
 
 
 def lay_out(jobs: Sequence[Job]) -> list[Launch]:
-    """One launch for all jobs that share device, dtypes and settings."""
-    alike: dict[tuple[torch.device, Settings], list[Job]] = {}
+    """One launch for all jobs that share device, dtypes, settings, and who counts their steps."""
+    alike: dict[tuple[torch.device, Settings, bool], list[Job]] = {}
     for job in jobs:
-        alike.setdefault((job.member.parameter.device, settings_of(job)), []).append(job)
-    return [Launch(device, settings, together) for (device, settings), together in alike.items()]
+        alike.setdefault((job.member.parameter.device, settings_of(job), job.form.counts), []).append(job)
+    return [Launch(*shared, together) for shared, together in alike.items()]
 
 
 def settings_of(job: Job) -> Settings:
@@ -139,7 +156,8 @@ def tiling_of(job: Job) -> Tiling:
 
 
 def _addresses(job: Job) -> list[int]:
-    """Columns ``WEIGHT`` to ``UPDATE_NORM_SQ`` of the table; 0 for what the kernel does not read."""
+    """Columns ``WEIGHT`` to ``ROTATION_STEP`` of the table; 0 for what the kernel does not read."""
     first = "exp_avg" if "exp_avg" in job.addresses else "momentum_buffer"
     names = ("weight", first, "exp_avg_sq", COMPENSATION, "norm", "update_norm_sq")
-    return [job.addresses.get(name, 0) for name in names]
+    counters = ("step", "rotation_step") if job.form.counts else ()
+    return [job.addresses.get(name, 0) for name in (*names, *counters)] + [0] * (2 - len(counters))

@@ -20,11 +20,13 @@ import triton.language as tl
 
 # Columns of the table, 8 bytes each: integers and addresses, then numbers.
 FIRST_TILE, VARIANT, NEURONS, SPAN, PART = map(tl.constexpr, range(5))
-WEIGHT, FIRST, SECOND, COMPENSATION, NORM, UPDATE_NORM_SQ = map(tl.constexpr, range(5, 11))
+WEIGHT, FIRST, SECOND, COMPENSATION, NORM, UPDATE_NORM_SQ, STEP, ROTATION_STEP = map(tl.constexpr, range(5, 13))
 # From here on they change from step to step.
-GRAD, SEED, SIGN, L2_FIRST, L2_SECOND, BETA1, NEW1, BETA2, NEW2 = map(tl.constexpr, range(11, 20))
-ROOT_SCALE, EPS, LR, KEPT, ANGLE, NEW_SIZE, RELATIVE, CORRECTION, ROTATIONAL_EPS = map(tl.constexpr, range(20, 29))
-COLUMNS = tl.constexpr(29)
+GRAD, SEED, LR_AT, SIGN, L2_FIRST, L2_SECOND, BETA1, NEW1, BETA2, NEW2 = map(tl.constexpr, range(13, 23))
+ROOT_SCALE, EPS, LR, KEPT, ANGLE, NEW_SIZE, RELATIVE, CORRECTION, ROTATIONAL_EPS = map(tl.constexpr, range(23, 32))
+# What others of these follow from where steps are counted on the device (triton_counts.py).
+EPS_GIVEN, DECAY, UNIT_ANGLE, ROOT = map(tl.constexpr, range(32, 36))
+COLUMNS = tl.constexpr(36)
 
 PARTIALS = tl.constexpr(8)
 """Room for what a part of a neuron leaves: six sums, and the average so far."""
@@ -286,7 +288,7 @@ def _part(row, tile, aligned: tl.constexpr):
 def _leave_sums(row, tile, partials, settings: tl.constexpr, variant: tl.constexpr):
     neuron, origin, start, end, parts, slot = _part(row, tile, variant.aligned)
     along = tl.arange(0, variant.span)[None, :]
-    sums = _sums_over(row, origin, 1, along, True, start, end, settings, variant)
+    sums = _sums_over(row, origin, 1, along, along >= 0, start, end, settings, variant)
     # The old average goes with them: it is replaced while others may still have to read it.
     average = tl.load(_memory(row, UPDATE_NORM_SQ, tl.float32, False) + neuron)
     average = tl.where(start == 0, average, 0.0)
@@ -305,9 +307,9 @@ def _finish(row, tile, partials, settings: tl.constexpr, variant: tl.constexpr):
     sums = uu, uw, ww, _total(at + 3, here), _total(at + 4, here), _total(at + 5, here)
     norm = tl.load(_memory(row, NORM, tl.float32, False) + neuron)
     a, b, c, average = _move(row, norm, _total(at + 6, here), 0.0, sums, settings)
-    tl.store(_memory(row, UPDATE_NORM_SQ, tl.float32, False) + neuron, average, start == 0)
+    tl.store(_memory(row, UPDATE_NORM_SQ, tl.float32, False) + neuron, average, (neuron >= 0) & (start == 0))
     along = tl.arange(0, variant.span)[None, :]
-    _step_over(row, origin, 1, along, True, start, end, a, b, c, settings, variant)
+    _step_over(row, origin, 1, along, along >= 0, start, end, a, b, c, settings, variant)
 
 
 @triton.jit

@@ -41,9 +41,9 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> Launches:
 
             return launch
 
-    def counted(device: torch.device, settings: Any, jobs: Any) -> Any:
+    def counted(*shared: Any) -> Any:
         found.tables += 1
-        return lay_out(device, settings, jobs)
+        return lay_out(*shared)
 
     kernel, lay_out = triton.rotational_step, triton.Launch
     monkeypatch.setattr(triton, "rotational_step", Counted())

@@ -29,6 +29,11 @@ from hf_rotational.optim.sharding import PIECES
         ({"granularity": "row"}, "Invalid granularity: 'row'"),
         ({"update_norm_decay": 1.0}, "Invalid update_norm_decay: 1.0"),
         ({"rotational_eps": -1.0}, "Invalid rotational_eps: -1.0"),
+        ({"capturable": True, "transient_correction": True}, "Invalid capturable: True with transient_correction=True"),
+        (
+            {"capturable": True, "lr": torch.tensor(1.0).double()},
+            "Invalid lr: a tensor of torch.float64 (must be float32",
+        ),
     ],
 )
 def test_hyperparameters_out_of_range(arguments: dict[str, object], message: str) -> None:
