@@ -30,9 +30,13 @@ LABEL_TASKS = re.compile(r"For\w*(Classification|QuestionAnswering|MultipleChoic
 
 HEAD_NAMES = re.compile(
     r"(?:[^\d.][^.]*\.)*"  # not within a stack of layers, whose routers may have a classifier
-    r"(?:classifier|classification_head|score|qa_outputs|ctc_head|class_(?:predictor|embed|labels_classifier))\."
+    r"(?:classifier|classification_head|score|qa_outputs|ctc_head|class_(?:predictor|embed|labels_classifier)"
+    r"|enc_score_head|enc_out_class_embed)\."
 )
 """Start of a parameter's name in the head of a model that has no body apart, or in the last layer of a detector's."""
+
+DENSE_TASKS = re.compile(r"For\w*(Segmentation|Detection)")
+"""Model classes that predict labels by more than a new last layer."""
 
 
 @dataclass(frozen=True)
@@ -117,7 +121,7 @@ class RotationPlan:
             (
                 entry.name,
                 entry.module_type,
-                "x".join(map(str, entry.parameter.shape)),
+                "?" if is_lazy(entry.parameter) else "x".join(map(str, entry.parameter.shape)),
                 ",".join(map(str, entry.neuron_dims)) or "-",
                 ("yes: " if entry.rotates else "no: ")
                 + entry.reason
@@ -128,9 +132,16 @@ class RotationPlan:
         return f"{table(header, rows)}\n\n{self.summary()}"
 
 
+def is_lazy(parameter: Tensor) -> bool:
+    """Whether a parameter has no shape before the first forward pass."""
+    return isinstance(parameter, nn.parameter.UninitializedParameter)
+
+
 def rotating_share(rotating: Sequence[Tensor], parameters: Sequence[Tensor]) -> str:
     """One line: how many of the parameters (tensors and entries) rotate."""
-    part, whole = (sum(tensor.numel() for tensor in tensors) for tensors in (rotating, parameters))
+    part, whole = (
+        sum(tensor.numel() for tensor in tensors if not is_lazy(tensor)) for tensors in (rotating, parameters)
+    )
     share = part / max(whole, 1)
     return f"{len(rotating)} of {len(parameters)} tensors rotate: {part:,} of {whole:,} parameters ({share:.1%})"
 
@@ -223,7 +234,7 @@ def _decide(
 
 def _obstacle(parameter: nn.Parameter, owners: list[_Owner]) -> str | None:
     """What keeps a parameter from rotating whatever the user asks for."""
-    if isinstance(parameter, nn.parameter.UninitializedParameter):
+    if is_lazy(parameter):
         return "not initialized yet"
     if parameter.ndim < 2:
         return f"{parameter.ndim} dims"
@@ -289,11 +300,36 @@ def _task_heads(model: nn.Module) -> frozenset[nn.Parameter]:
     """
     heads: set[nn.Parameter] = set()
     for module in model.modules():
-        if isinstance(module, PreTrainedModel) and LABEL_TASKS.search(type(module).__name__):
-            body = module.base_model
+        if not isinstance(module, PreTrainedModel):
+            continue
+        labels, dense = (tasks.search(type(module).__name__) for tasks in (LABEL_TASKS, DENSE_TASKS))
+        body = module.base_model
+        if labels:
             heads.update(set(module.parameters()) - set(body.parameters()))
             heads.update(parameter for name, parameter in body.named_parameters() if name.startswith("pooler."))
+        named = any(HEAD_NAMES.match(name) for name, _ in module.named_parameters())
+        if (labels or dense) and not named and heads.isdisjoint(module.parameters()):
+            heads.update(_last_layers(module))
     return frozenset(heads)
+
+
+def _last_layers(model: PreTrainedModel) -> Iterator[nn.Parameter]:
+    """Weights with a neuron for each label: in each of the parts beside the body the last or, if there are none, the
+    last in the body."""
+    timm: Any = getattr(model, "timm_model", None)
+    if timm is not None:
+        yield from timm.get_classifier().parameters()
+        return
+    labels = getattr(model.config, "num_labels", 0)
+    last: dict[str, nn.Parameter] = {}
+    for path, module in model.named_modules():
+        dims, weight = layout(module, "weight").neuron_dims, getattr(module, "weight", None)
+        if not isinstance(weight, nn.Parameter) or not dims or isinstance(module, nn.Embedding):
+            continue
+        if math.prod(weight.shape[dim] for dim in dims) == labels:
+            last[path.split(".")[0]] = weight
+    beside = [weight for part, weight in last.items() if part != model.base_model_prefix]
+    yield from beside or last.values()
 
 
 def _compile(model: nn.Module, argument: str, patterns: Sequence[str]) -> list[re.Pattern[str]]:

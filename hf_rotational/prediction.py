@@ -214,7 +214,7 @@ def _layer(entry: PlannedParameter, prediction: Prediction) -> Layer:
     fan_in = parameter.numel() / math.prod(parameter.shape[dim] for dim in entry.neuron_dims)
     (rms,) = rms_of([parameter])
     # Run with another optimizer, AdamW is compared with at its own default betas.
-    betas = {} if run.optim == "sgd" else {"betas": run.betas}
+    betas = {"betas": run.betas} if run.optim in ("adamw", "adam") else {}
     update_rms = equilibrium.adamw(lr=run.lr, weight_decay=0.0, fan_in=1, **betas).update_rms
     assert update_rms is not None
     return Layer(

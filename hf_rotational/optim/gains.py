@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hf_rotational.optim.inner import Group, Inner, State
+from hf_rotational.optim.inner import Group, Inner, State, counter
 from hf_rotational.optim.sharding import Sums, stacked
 
 
@@ -71,7 +71,7 @@ def count(states: list[State], inner: Inner, group: Group) -> None:
         for name in learned(group):
             for key in _moments(inner, group):
                 if f"{name}_{key}" not in state:
-                    state[f"{name}_{key}"] = torch.tensor(0.0) if key == "step" else torch.zeros_like(state[name])
+                    state[f"{name}_{key}"] = counter() if key == "step" else torch.zeros_like(state[name])
     for name in learned(group):
         torch._foreach_add_([state[f"{name}_step"] for state in states], 1)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from typing import Any, TypedDict
 
-import torch
 from torch import Tensor
 
 from hf_rotational.optim.inner import Group, check_non_negative
@@ -15,8 +14,13 @@ from hf_rotational.optim.sharding import check_whole
 
 ROTATIONS = ("equilibrium", "match")
 CENTERINGS = ("none", "updates", "weights", "learned")
-GAINS = ("fixed", "learned")
-GRANULARITIES = ("neuron", "tensor")
+CHOICES = {
+    "centering": CENTERINGS,
+    "gains": ("fixed", "learned"),
+    "granularity": ("neuron", "tensor"),
+    "rounding": ROUNDINGS,
+    "backend": ("auto", "fused", "eager", "foreach"),
+}
 
 
 class RotationalOptions(TypedDict, total=False):
@@ -44,16 +48,11 @@ def check_group(group: Group) -> None:
         check_non_negative(name, float(group[name]))
     if not 0.0 <= group["update_norm_decay"] < 1.0:
         raise ValueError(f"Invalid update_norm_decay: {group['update_norm_decay']} (must be in [0, 1))")
-    choices = {"centering": CENTERINGS, "granularity": GRANULARITIES, "rounding": ROUNDINGS, "gains": GAINS}
-    for name, allowed in choices.items():
+    for name, allowed in CHOICES.items():
         if group[name] not in allowed:
             raise ValueError(f"Invalid {name}: {group[name]!r} (must be one of {', '.join(allowed)})")
     if not 0.0 < group["rotation_scale"] < math.inf:
         raise ValueError(f"Invalid rotation_scale: {group['rotation_scale']} (must be a finite number > 0)")
-    if group["capturable"] and group["transient_correction"]:
-        raise ValueError("Invalid capturable: True with transient_correction=True (it is worked out on the host)")
-    if group["capturable"] and isinstance(group["lr"], Tensor) and group["lr"].dtype != torch.float32:
-        raise ValueError(f"Invalid lr: a tensor of {group['lr'].dtype} (must be float32 with capturable=True)")
     check_rotation(group["rotation"])
     if isinstance(group["rotation"], float | int) and group["peak_lr"] == 0:
         raise ValueError(
@@ -72,9 +71,11 @@ def _check_parameter(parameter: Tensor, group: Group) -> None:
             "have a rotation)"
         )
     if group["rotational"] and ndim >= 2:
-        in_range = all(-ndim <= dim < ndim for dim in dims)
+        in_range = isinstance(dims, tuple | list) and all(-ndim <= dim < ndim for dim in dims)
         if not in_range or len({dim % ndim for dim in dims}) != len(dims):
-            raise ValueError(f"Invalid neuron_dims: {dims} for the parameter of shape {shape}")
+            raise ValueError(
+                f"Invalid neuron_dims: {dims} for the parameter of shape {shape} (must be some of its dims)"
+            )
     if neuron_span(parameter, group) and group["rotation"] == "equilibrium" and group["weight_decay"] == 0:
         raise ValueError(
             f"weight_decay=0 with rotation='equilibrium' makes the target angle 0, so the parameter of shape {shape} "

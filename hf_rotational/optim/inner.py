@@ -233,11 +233,14 @@ class Lion(Inner):
         return 1.0  # a sign has the same size at every step
 
 
-def count_steps(states: list[State]) -> list[int]:
-    """Counts one more step in every state; returns how many there are now. The counters are tensors, as in torch."""
-    steps = [state["step"] for state in states]
-    torch._foreach_add_(steps, 1)
-    return [int(step.item()) for step in steps]
+def counter(start: float = 0.0) -> Tensor:
+    """A counter of steps: a tensor, as in torch, on the host, and float32 whatever torch's defaults are."""
+    return torch.tensor(start, dtype=torch.float32, device="cpu")
+
+
+def count_steps(states: list[State]) -> None:
+    """Counts one more step in every state."""
+    torch._foreach_add_([state["step"] for state in states], 1)
 
 
 def step_of(states: list[State]) -> int:

@@ -17,11 +17,11 @@ from hf_rotational.optim.inner import Group, Inner
 from hf_rotational.optim.kernels import cpu, cuda
 from hf_rotational.optim.kernels.base import KernelStep
 from hf_rotational.optim.kernels.build import unavailable
+from hf_rotational.optim.precision import sum_dtype
 from hf_rotational.optim.sharding import REMEDY, Sums, complete, is_sharded, local, split_over
 from hf_rotational.optim.state import check_state, take_tensors
 from hf_rotational.optim.step import Step
 
-BACKENDS = ("auto", "fused", "eager", "foreach")
 HISTORY = ("step", "rotation_step", "centered", "gain_step", "mean_step")
 """Numbers of a state that must be the same in tensors that are stepped together."""
 
@@ -116,8 +116,6 @@ class RotationalOptimizer(torch.optim.Optimizer):
         capturable: bool = False,
         maximize: bool = False,
     ) -> None:
-        if backend not in BACKENDS:
-            raise ValueError(f"Invalid backend: {backend!r} (must be one of {', '.join(BACKENDS)})")
         rotational = {
             "rotation": rotation,
             "update_norm_decay": update_norm_decay,
@@ -285,6 +283,8 @@ class RotationalOptimizer(torch.optim.Optimizer):
         now = [[parameter.shape for parameter in group["params"]] for group in self.param_groups]
         if now == self._seen:
             return
+        if len(self._shapes) != len(self.param_groups):  # a group has been taken out of the list
+            self._shapes = [matrix_shapes(group) for group in self.param_groups]
         for group, shapes in zip(self.param_groups, self._shapes, strict=True):
             left = matrix_shapes(group)
             if left[: len(shapes)] != shapes:
@@ -364,6 +364,11 @@ class RotationalOptimizer(torch.optim.Optimizer):
                     raise ValueError(f"Invalid backend: 'fused' (must be 'auto' or 'eager' on this machine: {reason})")
         check_group(group)
         self.inner.check(group)
+        if group["capturable"] and self.inner.counts_steps:
+            if group["transient_correction"]:
+                raise ValueError("Invalid capturable: True with transient_correction=True (worked out on the host)")
+            if isinstance(group["lr"], Tensor) and group["lr"].dtype != torch.float32:
+                raise ValueError(f"Invalid lr: a tensor of {group['lr'].dtype} (must be float32 with capturable=True)")
 
 
 def matrix_shapes(group: Group) -> list[torch.Size]:
@@ -381,7 +386,7 @@ def rms_of(parameters: list[Tensor]) -> list[float]:
     sizes = [0.0] * len(parameters)
 
     def measure(place: int, parameter: Tensor) -> Sums[None]:
-        part = torch.linalg.vector_norm(local(parameter.detach()), dtype=torch.float64)
+        part = torch.linalg.vector_norm(local(parameter.detach()), dtype=sum_dtype(parameter))
         sizes[place] = math.sqrt(float((yield part.square())) / max(parameter.numel(), 1))
 
     complete(

@@ -23,6 +23,11 @@ def compute_dtype(parameter: Tensor) -> torch.dtype:
     return torch.float64 if parameter.dtype == torch.float64 else torch.float32
 
 
+def sum_dtype(tensor: Tensor) -> torch.dtype:
+    """What long sums are taken in: float64 where the device has it (Apple's and some of Intel's do not)."""
+    return torch.float64 if tensor.device.type in ("cpu", "cuda") else compute_dtype(tensor)
+
+
 def read(parameter: Tensor, state: dict[str, Any], rounding: str) -> Tensor:
     """The weight in the dtype to compute in: the parameter itself where that is its own dtype."""
     weight = parameter.detach().to(compute_dtype(parameter))
@@ -31,9 +36,10 @@ def read(parameter: Tensor, state: dict[str, Any], rounding: str) -> Tensor:
     return weight
 
 
-def prepare(parameter: Tensor, state: dict[str, Any], rounding: str, place: int) -> torch.Generator | None:
-    """Makes what a rounding keeps of a parameter, once a step that changes it; returns what stochastic rounding draws
-    from.
+def prepare(
+    parameter: Tensor, state: dict[str, Any], rounding: str, place: int, *, moves: bool
+) -> torch.Generator | None:
+    """Makes what a rounding keeps of a parameter; returns what stochastic rounding draws from, anew in every step.
 
     Args:
         parameter: in the dtype it is stored in.
@@ -41,6 +47,8 @@ def prepare(parameter: Tensor, state: dict[str, Any], rounding: str, place: int)
         rounding: one of :data:`ROUNDINGS`.
         place: of the parameter in its optimizer. Place and count seed the stochastic rounding, so that it repeats when
             a run is resumed and replicas of a parameter do not drift apart.
+        moves: whether the step changes the parameter. One that does not has to make state all the same:
+            torch.distributed.checkpoint loads only what there is after a step with ``lr == 0``.
     """
     if parameter.dtype == compute_dtype(parameter):
         return None
@@ -48,7 +56,10 @@ def prepare(parameter: Tensor, state: dict[str, Any], rounding: str, place: int)
         state[COMPENSATION] = torch.zeros_like(parameter)
     if rounding != "stochastic":
         return None
-    state["roundings"] = state.get("roundings", 0) + 1
+    state.setdefault("roundings", 0)
+    if not moves:
+        return None
+    state["roundings"] += 1
     return torch.Generator(parameter.device).manual_seed((place << 32) + state["roundings"])
 
 

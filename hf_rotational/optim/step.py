@@ -11,7 +11,7 @@ from torch import Tensor
 from hf_rotational.optim import gains, precision
 from hf_rotational.optim.blocks import Part, blocks, side_by_side
 from hf_rotational.optim.groups import holds_mean
-from hf_rotational.optim.inner import Group, Inner, State, count_steps
+from hf_rotational.optim.inner import Group, Inner, State, count_steps, counter
 from hf_rotational.optim.rotation import center_, neuron_norm, rotate_
 from hf_rotational.optim.sharding import Sums, alone, local, local_as, shard_number, split_over, stacked
 from hf_rotational.optim.state import keep, state_here
@@ -99,7 +99,7 @@ class Step:
         return float(self.group["lr"]) != 0
 
     def _draws(self, part: Tensor, state: State, place: int) -> torch.Generator | None:
-        return precision.prepare(part, state, self.group["rounding"], place) if self.moves else None
+        return precision.prepare(part, state, self.group["rounding"], place, moves=self.moves)
 
     def _turn(self, parameter: Tensor) -> _Turn | None:
         if not self.dims:
@@ -118,7 +118,7 @@ class Step:
         missing = [name for name in self.inner.buffers(self.group) if name not in state]
         if "step" not in state and self.inner.counts_steps:
             # Moments that are there already have seen a gradient.
-            state["step"] = torch.tensor(0.0 if missing or not self.inner.buffers(self.group) else 1.0)
+            state["step"] = counter(0.0 if missing or not self.inner.buffers(self.group) else 1.0)
         for name in missing:
             state[name] = torch.zeros_like(part, dtype=precision.compute_dtype(part))
 
@@ -169,7 +169,7 @@ class _Turn:
 
     def _norm(self, weight: Tensor) -> Sums[Tensor]:
         # Torch's sums depend on the number of threads; those in double precision in no digit that is kept.
-        norm = yield neuron_norm(weight, self.dims, torch.float64).square()
+        norm = yield neuron_norm(weight, self.dims, precision.sum_dtype(weight)).square()
         return norm.sqrt().to(weight.dtype)
 
     def take(self, weights: list[Tensor], grads: list[Tensor], states: list[State]) -> Sums[None]:

@@ -203,8 +203,9 @@ def _in_float32(parameter: Tensor, state: State, rounding: str, place: int, *, m
     finally:
         parameter.grad = None
         parameter.data, parameter.grad = data, grad
+    draws = prepare(parameter, state, rounding, place, moves=moves)
     if moves:  # else rounding the same weight once more could change the parameter
-        write(parameter, weight, state, rounding, prepare(parameter, state, rounding, place))
+        write(parameter, weight, state, rounding, draws)
 
 
 _WRAPPERS: dict[type[Optimizer], type[_WrappedOptimizer]] = {}

@@ -14,7 +14,7 @@ from hf_rotational import plan
 from hf_rotational.layouts import BY_NAME
 from tests.zoo.axis import changes_one_feature
 from tests.zoo.coverage import Coverage, cover
-from tests.zoo.small_models import architectures, build
+from tests.zoo.small_models import architectures, build, quiet, time_limit
 
 FAMILIES = (
     "GPT2LMHeadModel",
@@ -102,6 +102,64 @@ def test_every_axis_of_every_architecture_is_proved() -> None:
     coverage = cover(architectures(bare=True))
     check(coverage)
     assert len(coverage.built) > 15 * len(coverage.not_built)
+
+
+HEADS = (
+    "BertForSequenceClassification",
+    "DPTForSemanticSegmentation",
+    "HGNetV2ForImageClassification",
+    "LwDetrForObjectDetection",
+    "PerceiverForImageClassificationLearned",
+    "RTDetrForObjectDetection",
+    "SegformerForSemanticSegmentation",
+)
+LABELLED = re.compile(r"For\w*(Classification|QuestionAnswering|MultipleChoice|CTC|XVector|Segmentation|Detection)")
+
+
+def rotating_label_weights(class_name: str) -> list[str] | None:
+    """Weights that grow with the number of labels, and rotate; ``None`` if the model cannot be built."""
+    try:
+        with time_limit(60.0):
+            few, many = (plan(build(class_name, labels)) for labels in (13, 17))
+    except Exception:
+        return None
+    shapes = {entry.name: entry.parameter.shape for entry in few}
+    return [entry.name for entry in many if entry.rotates and shapes[entry.name] != entry.parameter.shape]
+
+
+@pytest.mark.parametrize("class_name", HEADS)
+def test_what_grows_with_the_number_of_labels_does_not_rotate(class_name: str) -> None:
+    assert rotating_label_weights(class_name) == []
+
+
+@pytest.mark.slow
+def test_nor_does_it_in_any_architecture() -> None:
+    quiet()
+    found = {name: rotating_label_weights(name) for name in architectures() if LABELLED.search(name)}
+    assert {name: weights for name, weights in found.items() if weights} == {}
+    assert len(found) > 15 * sum(weights is None for weights in found.values())
+
+
+class Timm(nn.Module):
+    """As timm's models are: their classifier has one of many names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.fc = nn.Linear(8, 8), nn.Linear(8, 5)
+
+    def get_classifier(self) -> nn.Module:
+        return self.fc
+
+
+def test_the_head_of_a_timm_model_is_what_timm_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers import TimmWrapperConfig, TimmWrapperForImageClassification
+    from transformers.models.timm_wrapper import modeling_timm_wrapper as wrapper
+
+    monkeypatch.setattr(wrapper, "_create_timm_model_with_error_handling", lambda *_, **__: Timm())
+    monkeypatch.setattr(wrapper, "requires_backends", lambda *_: None)
+    model = TimmWrapperForImageClassification(TimmWrapperConfig(architecture="resnet18", num_labels=5))
+    reasons = {entry.name: entry.reason for entry in plan(model)}
+    assert (reasons["timm_model.stem.weight"], reasons["timm_model.fc.weight"]) == ("weight matrix", "task head")
 
 
 def test_what_is_left_out_of_known_families() -> None:

@@ -135,6 +135,12 @@ def test_prints_as_a_table(gpt2: nn.Module) -> None:
     assert lines[-1].startswith("4 of 16 tensors rotate")
 
 
+def test_what_has_no_shape_yet_is_listed_and_not_counted() -> None:
+    printed = str(plan(nn.Sequential(nn.LazyLinear(4), nn.Linear(4, 3))))
+    assert "not initialized yet" in printed
+    assert printed.endswith("1 of 4 tensors rotate: 12 of 15 parameters (80.0%)")
+
+
 @pytest.mark.parametrize(
     ("cls", "head", "body"),
     [

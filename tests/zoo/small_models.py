@@ -92,8 +92,12 @@ def small_config(config_class: type[PreTrainedConfig], factor: int) -> PreTraine
     return config
 
 
-def build(class_name: str) -> PreTrainedModel:
+def build(class_name: str, labels: int | None = None) -> PreTrainedModel:
     """Builds a small model on the CPU, or on the meta device if it stays too big.
+
+    Args:
+        class_name: of transformers.
+        labels: how many the model is to tell apart, instead of its config's default; then on the meta device.
 
     Raises:
         Exception: whatever the model raised for its mildest config, if none could be built.
@@ -104,8 +108,13 @@ def build(class_name: str) -> PreTrainedModel:
     error: Exception | None = None
     for factor in FACTORS:
         try:
+            config = small_config(config_class, factor)
+            if labels is not None:
+                config.num_labels = labels
             with torch.device("meta"):
-                model: PreTrainedModel = cls(small_config(config_class, factor))
+                model: PreTrainedModel = cls(config)
+            if labels is not None:
+                return model
             if sum(p.numel() for p in model.parameters()) <= MAX_PARAMETERS:
                 small: PreTrainedModel = cls(small_config(config_class, factor))
                 return small

@@ -60,10 +60,10 @@ def library(source: Path = SOURCE) -> Path:
     key = hashlib.sha256(
         repr((source.read_text(encoding="utf-8"), command, version, FLAGS, TUNED, _processor())).encode()
     )
-    built = cache_folder() / f"{source.stem}-{key.hexdigest()[:20]}.so"
-    if built.exists():
-        return built
     try:
+        built = cache_folder() / f"{source.stem}-{key.hexdigest()[:20]}.so"
+        if built.exists():
+            return built
         built.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=built.parent) as folder:
             new = Path(folder, built.name)
@@ -75,7 +75,9 @@ def library(source: Path = SOURCE) -> Path:
                     if place == len(TUNED):
                         raise
             os.replace(new, built)  # at once: other processes may be building the same
-    except OSError as error:
+    except KernelUnavailable:
+        raise
+    except (OSError, RuntimeError) as error:  # RuntimeError: nobody knows where home is
         raise KernelUnavailable(f"the cache cannot be written: {error}") from None
     return built
 

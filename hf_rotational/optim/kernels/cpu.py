@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import numpy as np
@@ -18,9 +19,10 @@ from hf_rotational.optim.step import Step, age
 KINDS: dict[type[Inner], int] = {AdamW: 0, Adam: 0, SGD: 1, Lion: 3}
 """Inner updates that the kernel has, with their numbers in it. SGD without momentum has the next one."""
 SCRATCH = 4 << 20
-"""Entries of a thread's scratch memory, of which a step touches what one neuron, or one matrix of columns, needs."""
+"""Most entries of a thread's scratch memory: what one neuron, or one matrix of columns, needs."""
 
-# The structs of cpu.c.
+# Of cpu.c: columns and entries taken at a time, entries that short neurons and sums of columns need, and the structs.
+PANEL, BLOCK, SHORT, TABLES = 4096, 32768, 8192, 61_824
 GROUP = np.dtype(
     [(name, "i8") for name in ("kind", "nesterov", "center", "forgetful", "maximize", "decoupled")]
     + [(name, "f8") for name in ("lr", "angle", "beta1", "beta2", "eps", "weight_decay", "dampening")]
@@ -65,6 +67,8 @@ class FusedStep(KernelStep):
         layouts = zip(*(member.layout for member in members), strict=True)
         for field, sizes in zip(("batch", "outer", "neurons", "inner"), layouts, strict=False):
             table[field] = sizes
+        self._size = min(SCRATCH, max((scratch_for(member.layout) for member in members), default=0))
+        self._most_threads = sum(batch + math.prod(rest) // PANEL for batch, *rest in (m.layout for m in members))
 
     def _call(self, groups: list[Group], states: list[State], target_rotation: Callable[[Group], float]) -> None:
         grads = self._grads()
@@ -74,9 +78,9 @@ class FusedStep(KernelStep):
         table["grad"] = [0 if grad is None else grad.data_ptr() for grad in grads]
         table["rotation_step"] = [state.get("rotation_step", 0) + 1 for state in states]
         table["relative_size_sq"] = self._relative_sizes_sq(groups, states, grads)
-        threads = torch.get_num_threads()
-        if len(self._scratch) < threads * SCRATCH // 2:
-            self._scratch = np.empty(threads * SCRATCH // 2 + 8)  # memory that is not touched takes up no room
+        threads = min(torch.get_num_threads(), self._most_threads)
+        if len(self._scratch) < threads * self._size // 2 + 8:
+            self._scratch = np.empty(threads * self._size // 2 + 8)  # memory that is not touched takes up no room
         start = -(-self._scratch.ctypes.data // 64) * 64  # of a cache line
         # Counts first: after the kernel none of this is in cache any more, and with small tensors that shows.
         moved = [parameter for parameter, grad in zip(self._parameters, grads, strict=True) if grad is not None]
@@ -84,7 +88,7 @@ class FusedStep(KernelStep):
         for state, grad in zip(states, grads, strict=True):
             if grad is not None and "norm" in state:
                 state["rotation_step"] += 1
-        kernel()(table.ctypes.data, len(table), threads, start, SCRATCH)
+        kernel()(table.ctypes.data, len(table), threads, start, self._size)
 
     def _relative_sizes_sq(
         self, groups: list[Group], states: list[State], grads: list[Tensor | None]
@@ -122,6 +126,13 @@ class FusedStep(KernelStep):
             group["update_norm_decay"],
             group["rotational_eps"],
         )
+
+
+def scratch_for(layout: Layout) -> int:
+    """Entries of scratch memory with which no direction is worked out twice; a multiple of a cache line's."""
+    _, outer, neurons, inner = layout
+    entries = TABLES + min(PANEL, neurons * inner) * outer if outer > 1 else max(SHORT, inner)
+    return (entries // 16 + 2) * 16
 
 
 def takes(parameter: Tensor, group: Group, dims: tuple[int, ...]) -> bool:

@@ -80,6 +80,11 @@ class FusedStep(KernelStep):
     inners = frozenset(KINDS)
     dtypes = DTYPES
 
+    def __init__(self, inner: Inner) -> None:
+        super().__init__(inner)
+        self._captured: list[Launch] = []
+        """What CUDA graphs have the addresses of: kept though it may be laid out anew for steps outside of them."""
+
     def _layout(self, parameter: Tensor, group: Group, dims: tuple[int, ...]) -> Layout | None:
         if not takes(parameter, group, dims):
             return None
@@ -129,6 +134,8 @@ class FusedStep(KernelStep):
         )
         for launch in self._launches:
             launch.take(changing)
+            if capturing() and launch not in self._captured:
+                self._captured.append(launch)
         # Or a graph could be walked back with changed weights, unnoticed.
         torch.autograd.graph.increment_version(
             [member.parameter for member, grad in zip(self._members, grads, strict=True) if grad is not None]
@@ -158,7 +165,8 @@ class FusedStep(KernelStep):
     ) -> np.ndarray[tuple[int, int], np.dtype[np.float64]]:
         """A row of :func:`numbers_of` per member. Few are different, and worked out."""
         ages = [
-            (kind, 1, 1) if count is None else (kind, int(count[()]) + 1, state.get("rotation_step", 0) + 1)
+            # Counted on the device, where no step is the first one: that makes the state.
+            (kind, 2, 2) if count is None else (kind, int(count[()]) + 1, state.get("rotation_step", 0) + 1)
             for kind, count, state in zip(self._kinds, self._counts, states, strict=True)
         ]
         places = {age: place for place, age in enumerate(dict.fromkeys(ages))}
@@ -213,6 +221,11 @@ def check_capture(groups: list[Group], states: Mapping[Tensor, State]) -> None:
             "step() of a rotational optimizer goes into a CUDA graph with capturable=True alone: without it every "
             "replay would take this step's learning rate, angle and step count. Or capture forward and backward, and "
             "call step() after each replay"
+        )
+    for lr in [group["lr"] for group in groups if isinstance(group["lr"], Tensor) and not rate_on_device(group)]:
+        raise RuntimeError(
+            f"lr is a tensor on {lr.device}, which replays of a CUDA graph would not read again: move it to the device "
+            "(group['lr'] = group['lr'].to('cuda')), also after a checkpoint has been loaded"
         )
 
 

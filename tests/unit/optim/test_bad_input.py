@@ -29,6 +29,7 @@ from hf_rotational.optim.sharding import PIECES
         ({"granularity": "row"}, "Invalid granularity: 'row'"),
         ({"update_norm_decay": 1.0}, "Invalid update_norm_decay: 1.0"),
         ({"rotational_eps": -1.0}, "Invalid rotational_eps: -1.0"),
+        ({"backend": "fast"}, "Invalid backend: 'fast' (must be one of auto, fused, eager, foreach)"),
         ({"capturable": True, "transient_correction": True}, "Invalid capturable: True with transient_correction=True"),
         (
             {"capturable": True, "lr": torch.tensor(1.0).double()},
@@ -39,6 +40,18 @@ from hf_rotational.optim.sharding import PIECES
 def test_hyperparameters_out_of_range(arguments: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
         RotationalAdamW([nn.Parameter(torch.ones(3, 4))], **arguments)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"neuron_dims": 1}, "Invalid neuron_dims: 1 for the parameter of shape (3, 4) (must be some of its dims)"),
+        ({"backend": "fast"}, "Invalid backend: 'fast'"),
+    ],
+)
+def test_settings_of_a_group_that_make_no_sense(settings: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        RotationalAdamW([{"params": [nn.Parameter(torch.ones(3, 4))], **settings}])
 
 
 def test_unknown_keyword() -> None:

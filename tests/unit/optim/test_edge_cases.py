@@ -9,9 +9,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from hf_rotational import RotationalAdamW, RotationalLion, RotationalSGD
-from hf_rotational.optim.precision import ROUNDINGS
+from hf_rotational.optim import optimizer as optimizer_module
+from hf_rotational.optim import precision
+from hf_rotational.optim.precision import ROUNDINGS, sum_dtype
 from tests.helpers import (
     LR,
     PLAIN,
@@ -378,3 +382,51 @@ def test_a_constant_neuron_has_no_direction_once_its_mean_is_gone() -> None:
     # The plain steps, not the 1e-8 that rounding left, are where it is now.
     assert 0.1 * LR < matrix[0].abs().mean() < 10 * LR
     assert optimizer.state[matrix]["norm"].flatten().gt(0).tolist() == [False, True]
+
+
+class NoFloat64(TorchDispatchMode):
+    """Refuses float64 tensors, as Apple's GPUs do."""
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        assert all(found.dtype != torch.float64 for found in tree_leaves(result) if isinstance(found, Tensor)), function
+        return result
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"rotation": "match"}, {"gains": "learned"}, {"centering": "weights"}], ids=str
+)
+def test_a_device_without_float64_does_without(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    assert sum_dtype(torch.empty(1, device="meta")) == torch.float32
+    for module in (precision, optimizer_module):
+        monkeypatch.setattr(module, "sum_dtype", lambda tensor: torch.float32)
+    params = parameters(torch.float32)
+    optimizer = make(RotationalAdamW, params, backend="foreach", **options)
+    with NoFloat64():
+        for parameter in params:
+            parameter.grad = torch.ones_like(parameter)
+        optimizer.step()
+
+
+@each_backend
+def test_steps_are_counted_whatever_the_default_dtype(backend: str) -> None:
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        params = parameters(torch.float32)
+        optimizer = make(RotationalAdamW, params, gains="learned", backend=backend)
+        train(optimizer, params, range(1))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for state in optimizer.state.values():
+        counters = [value for name, value in state.items() if name.endswith("step") and isinstance(value, Tensor)]
+        assert {counter.dtype for counter in counters} == {torch.float32}
+
+
+def test_a_group_may_be_taken_out() -> None:
+    params = parameters(torch.float32)
+    optimizer = make(RotationalAdamW, [{"params": [parameter]} for parameter in params])
+    train(optimizer, params, range(2))
+    gone = optimizer.param_groups.pop()["params"][0]
+    before = copies([gone])
+    train(optimizer, params, range(2, 4))
+    exactly_equal(copies([gone]), before)

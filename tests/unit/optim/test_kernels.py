@@ -351,6 +351,15 @@ def test_layouts(shape: tuple[int, ...], dims: tuple[int, ...], layout: tuple[in
     assert layout_of(torch.empty(shape), dims) == layout
 
 
+def test_threads_that_would_have_nothing_to_do_take_no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    parameter = nn.Parameter(small_noise(4, 8))
+    optimizer = make(RotationalAdamW, [parameter], backend="fused")
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1000)
+    train(optimizer, [parameter], range(2))
+    (kernel,) = (kernel for kernel in optimizer._kernels if isinstance(kernel, FusedStep))
+    assert kernel._scratch.nbytes < 100_000
+
+
 @pytest.fixture
 def fresh_build(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
     """An empty cache, and a build that has not been tried."""
@@ -363,12 +372,18 @@ def fresh_build(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Pat
         function.cache_clear()
 
 
-@pytest.mark.parametrize("broken", ["no compiler", "cannot compile", "no cache"])
+@pytest.mark.parametrize("broken", ["no compiler", "cannot compile", "no cache", "no home"])
 def test_without_a_kernel_auto_is_eager_and_fused_says_why(
     broken: str, fresh_build: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if broken == "no cache":
         (fresh_build / "hf_rotational").write_text("a file where the folder should be")
+    elif broken == "no home":
+
+        def no_home(path: Path) -> Path:
+            raise RuntimeError("Could not determine home directory.")
+
+        monkeypatch.setattr(Path, "expanduser", no_home)
     else:
         monkeypatch.setenv("CC", "/no/such/cc" if broken == "no compiler" else f"{sys.executable} -c 'import no_such'")
     params, twins = parameters(torch.float32), parameters(torch.float32)

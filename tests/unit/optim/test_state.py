@@ -13,9 +13,17 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributed import checkpoint as dcp
+from torch.distributed.checkpoint.state_dict import (
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
 
 from hf_rotational import RotationalAdam, RotationalAdamW, RotationalSGD, rotational
 from hf_rotational.optim.optimizer import RotationalOptimizer
+from hf_rotational.optim.precision import ROUNDINGS
 from tests.helpers import (
     LR,
     PLAIN,
@@ -341,3 +349,27 @@ def test_the_first_steps_are_not_corrected_twice_after_a_take_over() -> None:
     # Moments of 50 gradients give updates of their late size; 256 neurons average the noise to about 1 %.
     assert max(ratios) < 1.03
     assert min(ratios) > 0.97
+
+
+@pytest.mark.parametrize("name", ["AdamW", "NAdam"])
+@pytest.mark.parametrize("rounding", ROUNDINGS)
+def test_a_distributed_checkpoint_has_all_that_rounding_keeps(rounding: str, name: str, tmp_path: Path) -> None:
+    def build() -> tuple[nn.Module, Any]:
+        model = nn.Sequential(nn.Linear(8, 6), nn.Linear(6, 4))
+        for place, parameter in enumerate(model.parameters()):
+            parameter.data = noise(*parameter.shape, seed=place, dtype=torch.bfloat16)
+        return model, make(ROTATIONAL[name], model.parameters(), rounding=rounding, rotation=1e-3)
+
+    def state_of(model: nn.Module, optimizer: Any) -> dict[str, Any]:
+        return {"model": get_model_state_dict(model), "optimizer": get_optimizer_state_dict(model, optimizer)}
+
+    (model, optimizer), (resumed, loaded) = build(), build()
+    train(optimizer, list(model.parameters()), range(5))
+    dcp.save(state_of(model, optimizer), checkpoint_id=tmp_path, no_dist=True)
+    state = state_of(resumed, loaded)  # takes a step at lr 0, and loads what there is then
+    dcp.load(state, checkpoint_id=tmp_path, no_dist=True)
+    set_model_state_dict(resumed, state["model"])
+    set_optimizer_state_dict(resumed, loaded, state["optimizer"])
+    for each, stepped in ((model, optimizer), (resumed, loaded)):
+        train(stepped, list(each.parameters()), range(5, 10))
+    exactly_equal(copies(resumed.parameters()), copies(model.parameters()))

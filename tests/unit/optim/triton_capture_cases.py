@@ -8,6 +8,8 @@ in a process of its own, and captures a real graph where there is a GPU.
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -17,8 +19,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from hf_rotational import RotationalAdamW
-from hf_rotational.optim.kernels import triton
+from hf_rotational import RotationalAdamW, RotationalSGD
+from hf_rotational.optim.kernels import cuda, triton
 from tests.helpers import LR, ROTATIONAL, WRITTEN_OUT, copies, exactly_equal, gradient, make, noise, train
 from tests.unit.optim.on_triton import FLOAT32, NEAR, float32, fused
 
@@ -98,11 +100,12 @@ def assert_alike(optimizer: Any, params: list[nn.Parameter], exact: Any, twins: 
 
 
 @pytest.mark.parametrize("options", [{}, {"rotation": "match"}, {"rotation": 0.05, "centering": "updates"}], ids=str)
-@pytest.mark.parametrize("name", WRITTEN_OUT)
+@pytest.mark.parametrize("name", [*WRITTEN_OUT, "dampening"])
 def test_replays_are_steps_under_a_schedule(name: str, options: dict[str, Any], capture: Any) -> None:
     # Of ten thousand sums of gradient and L2 term some nearly cancel, and Adam divides by what is left of each.
     shapes = [(1, 20) if shape[-1] > 10_000 and name == "Adam" else shape for shape in SHAPES]
-    optimizer, params, exact, twins = two(ROTATIONAL[name], shapes, **options)
+    build = {**ROTATIONAL, "dampening": partial(RotationalSGD, momentum=0.9, dampening=0.5)}[name]
+    optimizer, params, exact, twins = two(build, shapes, **options)
     for step in range(2):
         give(params, twins, step)
         optimizer.step()
@@ -172,6 +175,34 @@ def test_only_a_capturable_step_is_captured(capture: Any) -> None:
         optimizer.step()
     exactly_equal(copies([parameter]), before)
     assert not graph
+
+
+def test_a_graph_keeps_its_table_when_the_next_step_needs_another(capture: Any) -> None:
+    params = [float32(5, 7), float32(6)]
+    optimizer = fused(RotationalAdamW, params, capturable=True)
+    for step in range(2):
+        params[0].grad = gradient(params[0], 0, step)
+        optimizer.step()
+    with capture() as graph:
+        optimizer.step()
+    tables = [weakref.ref(argument) for launch in graph for argument in launch.args if isinstance(argument, Tensor)]
+    graph.clear()  # a real one has addresses alone
+    params[1].grad = gradient(params[1], 1, 0)
+    for _ in range(2):
+        optimizer.step()
+    gc.collect()
+    assert tables
+    assert all(table() is not None for table in tables)
+
+
+def test_a_learning_rate_that_replays_would_not_read_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    parameter = float32(5, 7)
+    optimizer = RotationalAdamW([parameter], lr=torch.tensor(LR), capturable=True)
+    train(optimizer, [parameter], range(2))
+    monkeypatch.setattr(cuda, "DEVICE", "cuda")
+    monkeypatch.setattr(cuda, "capturing", lambda: True)
+    with pytest.raises(RuntimeError, match="lr is a tensor on cpu"):
+        optimizer.step()
 
 
 @pytest.mark.parametrize("steps", [0, 1])
