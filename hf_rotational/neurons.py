@@ -167,8 +167,9 @@ def plan(
 
     Rotating: the weights of linear layers, convolutions, attention, routers and stacked experts, as
     :mod:`hf_rotational.layouts` lists them. Not rotating: embeddings and whatever is tied to one, new task heads,
-    LoRA's B, vectors, neurons with fewer than 3 entries, weights that are zero (not seen on the meta device),
-    quantized weights, and every parameter whose storage is not known. In a standardized model
+    LoRA's B, vectors, neurons with fewer than 3 entries, quantized weights, and every parameter whose storage is not
+    known. Neurons that are zero when training begins are planned as they would be otherwise, and take the plain step
+    (:class:`~hf_rotational.optim.optimizer.RotationalOptimizer`). In a standardized model
     (:func:`~hf_rotational.standardize.standardize`) what weights are computed from rotates as they would, gains and
     means do not.
 
@@ -229,6 +230,9 @@ def _decide(
     if objection is not None:
         return (), objection
     reason = "included" if force else "weight matrix" if len(owners) == 1 else "tied weight matrix"
+    if is_zero(parameter):
+        # A matter of values, so it must not decide: a run that is resumed finds others, and has to plan the same.
+        reason += ", zero now: neurons that start at 0 take the plain step"
     return owners[0].layout.neuron_dims, reason
 
 
@@ -246,13 +250,14 @@ def _obstacle(parameter: nn.Parameter, owners: list[_Owner]) -> str | None:
     fan_in = parameter.numel() // max(1, math.prod(parameter.shape[dim] for dim in owners[0].layout.neuron_dims))
     if fan_in < MIN_FAN_IN:
         return f"fan-in {fan_in} is below {MIN_FAN_IN}"
-    if parameter.device.type != "meta" and _is_zero(parameter.detach()):
-        return "zero at the start"
     return None
 
 
-def _is_zero(tensor: torch.Tensor) -> bool:
-    size = tensor.abs().sum()
+def is_zero(parameter: Tensor) -> bool:
+    """Whether every entry is 0, which on the meta device is not known."""
+    if parameter.device.type == "meta":
+        return False
+    size: Any = parameter.detach().abs().sum()
     # A sharded tensor is zero if every rank's part is.
     return not (size.full_tensor() if hasattr(size, "full_tensor") else size)
 

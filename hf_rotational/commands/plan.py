@@ -67,7 +67,7 @@ def run(arguments: Namespace) -> None:
         raise UserError(str(error)) from None
     print(f"{type(model).__name__} of {arguments.model}\n\n{rotation_plan}")
     if not arguments.weights:
-        print("Without weights: those that are zero do not rotate either (--weights loads them to see).")
+        print("Without weights: neurons that are zero take the plain step (--weights loads them, and says where).")
 
 
 def build_model(name: str, architecture: str | None, weights: bool) -> PreTrainedModel:

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 
+import torch
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -80,6 +81,7 @@ def load_classifier(
         with quiet():  # else: a table of the weights that are new, which is the classifier, as it should be
             model: PreTrainedModel = AutoModelForSequenceClassification.from_pretrained(
                 source,
+                dtype=torch.float32,  # what AdamW would lose of its steps to 16 bits is not what is compared
                 id2label=dict(enumerate(names)),
                 label2id={name: index for index, name in enumerate(names)},
                 pad_token_id=tokenizer.pad_token_id,

@@ -127,8 +127,8 @@ def sections(facts: CardFacts) -> str:
     if facts.rotating:
         angle = f" At the peak of the learning rate the angle was {facts.angle:.2e} rad." if facts.angle else ""
         parts += [
-            "In every step each rotating neuron (the weights of one output feature) turned by the same angle and kept "
-            f"its norm: [rotational equilibrium]({PAPER}).{angle} {facts.rotating}."
+            "In every step each rotating neuron (the weights of one output feature) turned by the same angle on "
+            f"average and kept its norm: [rotational equilibrium]({PAPER}).{angle} {facts.rotating}."
         ]
     if facts.training:
         parts += [table([{"": key, "value": value} for key, value in facts.training.items()])]

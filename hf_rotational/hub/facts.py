@@ -13,6 +13,7 @@ from typing import Any
 import transformers
 from huggingface_hub import EvalResult, ModelCardData
 from transformers.modelcard import TASK_MAPPING
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils import CONFIG_NAME
 from transformers.utils.peft_utils import ADAPTER_CONFIG_NAME
 
@@ -43,6 +44,8 @@ class Known:
     """Target at the peak of the learning rate."""
     architecture: str | None = None
     """Class of the model."""
+    best_step: int | None = None
+    """Of the checkpoint that the run ends with; by default its last."""
 
 
 def read_facts(
@@ -65,8 +68,10 @@ def read_facts(
     architecture = next(iter(_json(saved / CONFIG_NAME).get("architectures") or ()), known.architecture)
     base_models = _ids(draft and draft.base_model, header.get("base_model"), adapter.get("base_model_name_or_path"))
     datasets = _ids(draft and draft.datasets, header.get("datasets"))
-    metrics = _last_evaluation(history or ())
+    metrics = _evaluation(history or (), _best_step(run_dir, saved) if known.history is None else known.best_step)
     measured = {quantity: value for quantity, value in summary(monitored).items() if quantity != "optimizer" and value}
+    if "loss" in metrics and "evaluation loss at the end" in measured:
+        measured["evaluation loss at the end"] = f"{metrics['loss']:.4g}"
     targets = [record["target"] for record in monitored.run.rotation if record["target"]]
     facts = CardFacts(
         name=name,
@@ -165,8 +170,11 @@ def _training(header: Mapping[str, Any], arguments: Mapping[str, Any]) -> dict[s
         schedule = f", {arguments['lr_scheduler_type']} schedule" if "lr_scheduler_type" in arguments else ""
         warmup = header.get("warmup_steps", arguments.get("warmup_steps"))
         rows["learning rate"] = f"{peak:g}{schedule}, {f'{warmup:g} warmup steps' if warmup else 'no warmup'}"
-    for name in ("weight_decay", "betas", "momentum"):
-        rows[name.replace("_", " ")] = settings.get(name)
+    decay, own = settings.get("weight_decay"), arguments.get("weight_decay")
+    apart = settings.get("rotation") == "equilibrium" and own is not None and own != decay
+    rows["weight decay"] = f"{own:g} (the angle is that of {decay:g})" if apart else decay
+    for name in ("betas", "momentum"):
+        rows[name] = settings.get(name)
     defaults = vars(replace(RotationalConfig(), rounding="nearest"))
     for name, default in defaults.items():
         if name not in ("rotation", "backend") and settings.get(name, default) != default:
@@ -214,17 +222,32 @@ def _pattern(name: str) -> str:
     return re.sub(r"(?<![^.])\d+(?![^.])", "*", name)
 
 
-def _last_evaluation(history: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """Metrics of the last evaluation, without their prefix."""
-    for entry in reversed(history):
-        metrics = {
-            name.removeprefix("eval_"): float(value)
-            for name, value in entry.items()
-            if name.startswith("eval_") and isinstance(value, (int, float)) and math.isfinite(value)
-        }
-        if metrics:
-            return {name: value for name, value in metrics.items() if not NO_METRICS.fullmatch(name)}
-    return {}
+def _best_step(run_dir: Path, saved: Path) -> int | None:
+    """Step of the checkpoint that a finished run was left with, if that was to be its best."""
+    best = _json(run_dir / TRAINER_STATE_NAME).get("best_global_step")
+    return best if published_arguments(saved).get("load_best_model_at_end") else None
+
+
+def _evaluation(history: Sequence[Mapping[str, Any]], best_step: int | None) -> dict[str, float]:
+    """Metrics of the model at the end, without their prefix: of the last evaluation or, if the best checkpoint was
+    loaded after that, of its own."""
+    ended = max((place for place, entry in enumerate(history) if "train_runtime" in entry), default=None)
+    found = [(place, entry.get("step"), _metrics(entry)) for place, entry in enumerate(history)]
+    evaluations = [each for each in found if each[2]]
+    if not evaluations:
+        return {}
+    place, _, metrics = evaluations[-1]
+    if best_step is not None and ended is not None and place < ended:
+        metrics = next((own for _, step, own in evaluations if step == best_step), metrics)
+    return {name: value for name, value in metrics.items() if not NO_METRICS.fullmatch(name)}
+
+
+def _metrics(entry: Mapping[str, Any]) -> dict[str, float]:
+    return {
+        name.removeprefix("eval_"): float(value)
+        for name, value in entry.items()
+        if name.startswith("eval_") and isinstance(value, (int, float)) and math.isfinite(value)
+    }
 
 
 def _eval_results(

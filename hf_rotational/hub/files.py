@@ -29,10 +29,14 @@ PLOT = "rotation.png"
 ARGUMENTS = "training_args.json"
 
 WEIGHTS = ("*.safetensors", SAFE_WEIGHTS_INDEX_NAME)
-CONFIGS = (CONFIG_NAME, "generation_config.json", ADAPTER_CONFIG_NAME, "*processor_config.json")
+CONFIGS = (
+    *(CONFIG_NAME, "generation_config.json", ADAPTER_CONFIG_NAME, "*processor_config.json"),
+    *("modules.json", "config_sentence_transformers.json", "sentence_*_config.json"),
+)
 TOKENIZERS = (
     *("tokenizer*", "*.tokenizer", "special_tokens_map.json", "added_tokens.json", "*.jinja", "chat_template.json"),
     *(
+        "*vocab*.json",
         "vocab*",
         "merges.txt",
         "*.model",
@@ -43,10 +47,13 @@ TOKENIZERS = (
         "byte_maps.json",
         "emoji.json",
     ),
-    *("entity_vocab.json", "normalizer.json", "word_shape.json", "word_pronunciation.json"),
+    *("normalizer.json", "word_shape.json", "word_pronunciation.json"),
+    *("tekken.json", "alphabet.json", "speaker_embeddings_path.json"),
 )
-FOLDERS = ("additional_chat_templates", "*_tokenizer", "*_processor")
-"""Where processors of several parts keep some of them."""
+FOLDERS = ("additional_chat_templates", "*_tokenizer", "*_processor", "[0-9]*_*")
+"""Where processors of several parts keep some of them, and sentence-transformers its modules."""
+LANGUAGE_MODEL = "language_model"
+"""Where processors that decode speech keep theirs, all of which is needed."""
 RECORD = (CARD, PLOT, RECORDS, "*_results.json")
 
 NAMES = frozenset({"_name_or_path", "name_or_path", "base_model_name_or_path"})
@@ -72,11 +79,14 @@ def model_files(folder: Path, run_dir: Path) -> dict[str, Source]:
     if any('"auto_map"' in path.read_text(encoding="utf-8") for path in folder.glob("*config.json")):
         patterns.append("*.py")  # the model's own code
     files = dict(_sources(_matching(folder, patterns), folder, run_dir))
-    if not any(_matches(name, WEIGHTS) for name in files):
+    for inner in filter(Path.is_dir, folder.iterdir()):
+        # Adapters that are not called "default" are in folders of their names.
+        if _matches(inner.name, FOLDERS) or (inner / ADAPTER_CONFIG_NAME).is_file():
+            files.update(_sources(_matching(inner, (*WEIGHTS, *CONFIGS, *TOKENIZERS)), folder, run_dir))
+        elif inner.name == LANGUAGE_MODEL:
+            files.update(_sources(inner.rglob("*"), folder, run_dir))
+    if not any(_matches(Path(name).name, WEIGHTS) for name in files):
         raise UserError(f"{folder} holds no weights (*.safetensors){_elsewhere(folder)}")
-    for inner in folder.iterdir():
-        if inner.is_dir() and _matches(inner.name, FOLDERS):
-            files.update(_sources(_matching(inner, (*CONFIGS, *TOKENIZERS)), folder, run_dir))
     return files | dict(_sources(_matching(run_dir, RECORD), run_dir, run_dir)) | _arguments(folder)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 import shlex
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future
@@ -18,6 +20,8 @@ from hf_rotational import __version__
 from hf_rotational.errors import UserError
 from hf_rotational.hub.files import Source, check_private, model_files, stage
 from hf_rotational.hub.readme import write_card
+from hf_rotational.monitor.records import FILE_NAME as RECORDS
+from hf_rotational.monitor.records import read_records
 
 logger = logging.get_logger(f"transformers.{__name__}")
 
@@ -47,8 +51,21 @@ def push_run(
     with target.explained():
         target = target.opened()
     problems = write_card(folder, target.repo_id)
-    target.upload(model_files(folder, folder), folder, message)
+    target.upload(model_files(folder, folder) | _records_beside(folder), folder, message)
     return f"{constants.ENDPOINT}/{target.repo_id}", problems
+
+
+def _records_beside(folder: Path) -> dict[str, Source]:
+    """Those of the run that a checkpoint is of, up to its step."""
+    step = re.fullmatch(r"checkpoint-(\d+)", folder.resolve().name)
+    if step is None or (folder / RECORDS).is_file() or not (folder.resolve().parent / RECORDS).is_file():
+        return {}
+    try:
+        records = read_records(folder.resolve().parent)
+    except ValueError:
+        return {}
+    lines = [records.header, *(record for record in records.steps if record["step"] <= int(step[1]))]
+    return {RECORDS: "".join(f"{json.dumps(line)}\n" for line in lines).encode()}
 
 
 @dataclass(frozen=True)

@@ -154,7 +154,8 @@ def _known(trainer: Any) -> Known:
     if isinstance(optimizer, RotationalOptimizer):
         peaks = [optimizer.target_rotation({**group, "lr": group["peak_lr"]}) for _, group in optimizer.rotating()]
         angle = max(peaks, default=None)
-    return Known(trainer.state.log_history, header, angle, type(model).__name__)
+    best = trainer.state.best_global_step if trainer.args.load_best_model_at_end else None
+    return Known(trainer.state.log_history, header, angle, type(model).__name__, best)
 
 
 def _output_dir(trainer: Any) -> Path:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 FACTOR = 2.0
@@ -16,17 +16,24 @@ PATIENCE = 3
 """Measured steps in a row that have to show a fault: one may be chance, or the start of a run."""
 
 
+def holds_norms(group: Mapping[str, Any]) -> bool:
+    """Whether an optimizer with the settings of this group leaves norms as they are."""
+    return group.get("gains", "fixed") == "fixed" and group.get("centering") != "learned"
+
+
 class Adviser:
     """Looks at records of measured steps, and says what is wrong with them and what to do.
 
     Args:
         say: takes a sentence; called once for each kind of fault (layers that do not turn: once for each layer).
         low_precision: whether weights are 16 bits wide, which is then the likely reason for angles off target.
+        holds_norms: whether norms should stay as they are; learned gains move them.
     """
 
-    def __init__(self, say: Callable[[str], None], low_precision: bool) -> None:
+    def __init__(self, say: Callable[[str], None], low_precision: bool, holds_norms: bool = True) -> None:
         self._say = say
         self._low_precision = low_precision
+        self._holds_norms = holds_norms
         self._streaks: dict[str, int] = {}
         self._norms: dict[str, float] = {}
 
@@ -46,7 +53,8 @@ class Adviser:
             self._say(f"measured rotation is {ratio:.2g} times the target at step {step}: {self._why_off_target()}")
         layers = {name: layer for name, layer in record["layers"].items() if layer["angle"] is not None}
         self._look_for_still(layers, rotation, step)
-        self._look_for_drift(layers, step)
+        if self._holds_norms:
+            self._look_for_drift(layers, step)
 
     def _look_for_still(self, layers: dict[str, Any], rotation: float, step: int) -> None:
         still = [

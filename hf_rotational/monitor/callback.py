@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.utils import logging
 
-from hf_rotational.monitor.advice import Adviser
+from hf_rotational.monitor.advice import Adviser, holds_norms
 from hf_rotational.monitor.header import measured_group, run_header
 from hf_rotational.monitor.measure import NeuronStep, neuron_step
 from hf_rotational.monitor.records import FILE_NAME, append_record, read_records, write_records
@@ -92,7 +92,9 @@ class RotationMonitor(TrainerCallback):
         say = logger.warning if state.is_world_process_zero else lambda _: None
         if not self._measured:
             say(f"RotationMonitor: no parameter of {type(model).__name__} rotates, so there is nothing to measure")
-        self._adviser = Adviser(say, any(entry.parameter.dtype.itemsize < 4 for entry in self._measured))
+        group = measured_group(optimizer, self._measured) if optimizer else {}
+        low_precision = any(entry.parameter.dtype.itemsize < 4 for entry in self._measured)
+        self._adviser = Adviser(say, low_precision, holds_norms=holds_norms(group))
         path = self._path(args)
         self.records = self._records_until(state.global_step, path)
         self._logged = len(self.records)

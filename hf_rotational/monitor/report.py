@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hf_rotational.monitor import plots
-from hf_rotational.monitor.advice import Adviser
+from hf_rotational.monitor.advice import Adviser, holds_norms
 from hf_rotational.monitor.plots import Run, layer_names, ratio, running_average, short_names
 from hf_rotational.monitor.runs import MonitoredRun
 
@@ -88,7 +88,9 @@ def advice(monitored: MonitoredRun) -> list[str]:
     """What the monitor has said, or would have, of these steps."""
     sentences: list[str] = []
     parameters = monitored.header.get("parameters", {}).values()
-    adviser = Adviser(sentences.append, any(parameter.get("dtype") in BRIEF_TYPES for parameter in parameters))
+    low_precision = any(parameter.get("dtype") in BRIEF_TYPES for parameter in parameters)
+    held = holds_norms(monitored.header.get("settings", {}))
+    adviser = Adviser(sentences.append, low_precision, holds_norms=held)
     for record in monitored.run.rotation:
         adviser.look(dict(record))
     return sentences

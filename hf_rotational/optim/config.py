@@ -28,9 +28,9 @@ class RotationalConfig:
     rotation: str | float = "equilibrium"
     """Target angle: ``"equilibrium"``, ``"match"`` or radians per step at the peak learning rate."""
     angle_weight_decay: float | None = None
-    """Weight decay that sets the ``"equilibrium"`` angle when the training's own is 0, the Trainer's default, at which
-    the angle would be 0. ``None``: what suits the optimizer, 0.1 for AdamW and Adam, 0.5 for Lion and 1e-4 for SGD.
-    Parameters that do not rotate keep the training's own."""
+    """Weight decay that sets the ``"equilibrium"`` angle. ``None``: the training's own or, where that is 0, the
+    Trainer's default, at which the angle would be 0, what suits the optimizer: 0.1 for AdamW and Adam, 0.5 for Lion and
+    1e-4 for SGD. Parameters that do not rotate have the training's own in any case."""
     update_norm_decay: float = 0.9
     """Decay of the running average of the update's size."""
     rotational_eps: float = 1e-8
@@ -168,7 +168,7 @@ def _parse(name: str, value: str, default: Any) -> Any:
         if value.lower() not in ("true", "false"):
             raise ValueError(f"Invalid {name}: {value!r} (must be true or false)")
         return value.lower() == "true"
-    if isinstance(default, float):
+    if isinstance(default, float) or name == "angle_weight_decay":
         try:
             return float(value)
         except ValueError:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -11,8 +12,15 @@ import torch
 from torch import nn
 from transformers.utils import logging
 
-from hf_rotational.neurons import plan
-from hf_rotational.optim.config import RotationalConfig, check_keys, parse_optim_args, parse_rotation, parse_settings
+from hf_rotational.neurons import plan, rotating_share
+from hf_rotational.optim.config import (
+    ANGLE_WEIGHT_DECAYS,
+    RotationalConfig,
+    check_keys,
+    parse_optim_args,
+    parse_rotation,
+    parse_settings,
+)
 from hf_rotational.optim.optimizer import RotationalOptimizer
 from hf_rotational.optim.optimizers import RotationalAdam, RotationalAdamW, RotationalLion, RotationalSGD
 from hf_rotational.optim.sharding import check_whole
@@ -32,6 +40,9 @@ OPTIMIZERS: Mapping[str, Callable[..., RotationalOptimizer]] = MappingProxyType(
     }
 )
 """Value of ``optim`` to optimizer class."""
+
+SMALL_ANGLE = 1e-3
+"""Radians per step that fine-tuning takes about half or more of (docs/evidence.md)."""
 
 
 class RotationalOptimizerFactory:
@@ -60,8 +71,8 @@ class RotationalOptimizerFactory:
             model: the model to train.
             lr: peak learning rate.
             optim: a key of :data:`OPTIMIZERS`.
-            weight_decay: of parameters that do not rotate, and, unless it is 0, what sets the equilibrium angle of
-                those that do. At 0 (the Trainer's default) ``RotationalConfig.angle_weight_decay`` sets the angle.
+            weight_decay: of parameters that do not rotate, and what sets the equilibrium angle of those that do, unless
+                it is 0 (the Trainer's default) or ``angle_weight_decay`` is given.
             decays: which parameters that do not rotate decay, by name; by default as the Trainer decides it (no
                 biases, no norms).
             **settings: fields of :class:`RotationalConfig` and hyperparameters of the optimizer (``momentum``).
@@ -75,14 +86,11 @@ class RotationalOptimizerFactory:
         check_keys("setting", settings, (*RotationalConfig.names(), *own))
         config = RotationalConfig(**{k: v for k, v in settings.items() if k not in own})
         angle_weight_decay = weight_decay
-        if config.rotation == "equilibrium" and weight_decay == 0:
-            angle_weight_decay = config.angle_weight_decay_of(optim)
-            logger.info(
-                f"weight_decay is 0, at which the equilibrium angle would be 0: the angle uses weight decay "
-                f"{angle_weight_decay} (angle_weight_decay); parameters that do not rotate are not decayed."
-            )
+        if config.rotation == "equilibrium":
+            angle_weight_decay = _angle_weight_decay(config, optim, weight_decay)
         check_whole(model.parameters())  # whatever else the plan would make of them
         rotation_plan = plan(model, **config.plan_options())
+        trained = [entry for entry in rotation_plan if entry.parameter.requires_grad]
         if not rotation_plan.rotating:
             raise ValueError(f"No parameter of {type(model).__name__} rotates:\n{rotation_plan}")
         options = config.optimizer_options()
@@ -100,11 +108,43 @@ class RotationalOptimizerFactory:
         )
         angles = {optimizer.target_rotation(group) for group in optimizer.param_groups if group["rotational"]}
         logger.info(
-            f"{type(optimizer).__name__}: {rotation_plan.summary()}; target angle at lr={lr:g}: "
-            f"{', '.join(f'{angle:.3g}' for angle in sorted(angles))} rad/step."
+            f"{type(optimizer).__name__}: of those that train, "
+            f"{rotating_share([e.parameter for e in trained if e.rotates], [e.parameter for e in trained])}; "
+            + (
+                f"target angle at lr={lr:g}: {', '.join(f'{angle:.3g}' for angle in sorted(angles))} rad/step."
+                if angles
+                else "every step is the plain optimizer's."
+            )
         )
         _warn_of_lost_steps(optimizer)
+        if config.rotation == "equilibrium" and angles:
+            _warn_of_small_angle(angle_weight_decay, ANGLE_WEIGHT_DECAYS[optim], max(angles))
         return optimizer
+
+
+def _angle_weight_decay(config: RotationalConfig, optim: str, weight_decay: float) -> float:
+    """The weight decay that sets the angle; says so where it is not one that the user has set."""
+    usual = config.angle_weight_decay_of(optim)
+    if config.angle_weight_decay is not None:
+        return usual
+    if weight_decay == 0:
+        logger.info(
+            f"weight_decay is 0, at which the equilibrium angle would be 0: the angle uses weight decay "
+            f"{usual} (angle_weight_decay); parameters that do not rotate are not decayed."
+        )
+        return usual
+    return weight_decay
+
+
+def _warn_of_small_angle(weight_decay: float, usual: float, angle: float) -> None:
+    """Says so if a weight decay that was chosen for AdamW makes the angle smaller than fine-tuning takes."""
+    if weight_decay < usual / 4 and angle < SMALL_ANGLE:
+        logger.warning(
+            f"weight_decay={weight_decay:g} makes the target angle {angle:.2g} rad per step, "
+            f"{math.sqrt(weight_decay / usual):.2g} times that of {usual:g}: little for fine-tuning. Set "
+            f"weight_decay=0 (the angle then uses {usual:g}), or for the angle alone "
+            f"rotation_angle_weight_decay={usual:g}."
+        )
 
 
 def _rounding_for(model: nn.Module) -> str:

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
-from hf_rotational.neurons import PlannedParameter, plan
+from hf_rotational.neurons import PlannedParameter, is_zero, plan
 from hf_rotational.standardize.parametrization import MODES, Standardization, standardization_of
 from hf_rotational.standardize.report import StandardizationReport, layer_report, left_alone
 from hf_rotational.standardize.state import (
@@ -202,6 +202,8 @@ def _obstacle(entry: PlannedParameter, owners: list[tuple[nn.Module, str]]) -> s
         return entry.reason
     if not entry.parameter.requires_grad:
         return "frozen"
+    if is_zero(entry.parameter):
+        return "zero at the start"
     if any(isinstance(module, nn.Embedding) and (module.sparse or module.max_norm) for module, _ in owners):
         return "embedding whose rows are changed one by one (sparse or max_norm)"
     return None

@@ -43,8 +43,8 @@ class RotationalTrainingArguments(TrainingArguments):
     rotation_angle_weight_decay: float | None = field(
         default=_DEFAULT.angle_weight_decay,
         metadata={
-            "help": "Weight decay that sets the equilibrium angle when --weight_decay is 0; by default what suits the "
-            "optimizer: 0.1 for AdamW and Adam, 0.5 for Lion, 1e-4 for SGD."
+            "help": "Weight decay that sets the equilibrium angle; by default --weight_decay or, where that is 0, what "
+            "suits the optimizer: 0.1 for AdamW and Adam, 0.5 for Lion, 1e-4 for SGD."
         },
     )
     rotation_update_norm_decay: float = field(

@@ -6,12 +6,16 @@ them into ``transformers.Trainer`` itself, for runs that ask for it.
 
 from __future__ import annotations
 
+import math
+import os
+import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, cast
 
+from accelerate.utils import broadcast_object_list  # type: ignore[import-untyped]
 from torch import nn
 from transformers import Trainer, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
@@ -50,6 +54,7 @@ def standardization(args: TrainingArguments) -> str:
 
 def init(trainer: Trainer, original: Callable[..., None], *args: Any, **kwargs: Any) -> None:
     """Attaches the monitors among the callbacks, or one of its own by ``args.rotation_logging_steps``."""
+    vars(trainer)["_made_at"] = time.time()
     original(*args, **kwargs)
     every = getattr(trainer.args, "rotation_logging_steps", 0)
     for monitor in monitors(trainer) or ([RotationMonitor(every)] if every else []):
@@ -61,6 +66,24 @@ def monitors(trainer: Trainer) -> list[RotationMonitor]:
     return [callback for callback in trainer.callback_handler.callbacks if isinstance(callback, RotationMonitor)]
 
 
+def with_losses(trainer: Trainer, model: nn.Module) -> nn.Module:
+    """What the optimizer is to train: the model and, in sentence-transformers, losses with parameters of their own,
+    whose names begin with ``loss_``."""
+    loss = getattr(trainer, "loss", None)
+    losses = [each for each in (loss.values() if isinstance(loss, dict) else [loss]) if isinstance(each, nn.Module)]
+    if not any({*each.parameters()} - {*model.parameters()} for each in losses):
+        return model
+    return nn.ModuleDict({"model": model, **{f"loss_{place}": each for place, each in enumerate(losses)}})
+
+
+def loads_as_trainer(of_class: Any) -> bool:
+    """Whether a class, as ``super()`` sees it, loads checkpoints as ``transformers.Trainer`` does."""
+    return all(
+        getattr(of_class, name).__func__ is getattr(Trainer, name)
+        for name in ("_load_from_checkpoint", "_load_best_model")
+    )
+
+
 def train(
     trainer: Trainer,
     original: Callable[..., Any],
@@ -70,9 +93,23 @@ def train(
 ) -> Any:
     """Where the latest checkpoint is to be resumed from, takes the latest that is complete."""
     if resume_from_checkpoint is True and not is_sharded(trainer):
-        folder = Path(trainer.args.output_dir or ".")
-        resume_from_checkpoint = str(last_complete_checkpoint(folder, trainer.args.process_index))
+        resume_from_checkpoint = _latest(trainer)
     return original(resume_from_checkpoint, *args, **kwargs)
+
+
+def _latest(trainer: Trainer) -> str:
+    """The latest complete checkpoint: what the first process finds, since all have to resume from one."""
+    found: list[str | ValueError | None] = [None]
+    if trainer.is_world_process_zero():
+        try:
+            found = [str(last_complete_checkpoint(Path(trainer.args.output_dir or ".")))]
+        except ValueError as error:
+            found = [error]
+    if trainer.args.world_size > 1:
+        broadcast_object_list(found)
+    if isinstance(found[0], ValueError):
+        raise found[0]
+    return str(found[0])
 
 
 def inner_training_loop(trainer: Trainer, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -80,10 +117,18 @@ def inner_training_loop(trainer: Trainer, original: Callable[..., Any], *args: A
     check_deepspeed(trainer)
     standardize_model(trainer)
     hub.complete_cards(trainer)
-    if not (kwargs.get("resume_from_checkpoint") or monitors(trainer)) and trainer.is_world_process_zero():
-        # Reports and model cards would take for this run's what an earlier one has measured.
-        Path(trainer.args.output_dir or ".", RECORDS).unlink(missing_ok=True)
+    if not kwargs.get("resume_from_checkpoint") and trainer.is_world_process_zero():
+        _set_aside(trainer)
     return original(*args, **kwargs)
+
+
+def _set_aside(trainer: Trainer) -> None:
+    """Renames what an earlier run has left to be read: reports and model cards would take it for this run's."""
+    folder = Path(trainer.args.output_dir or ".")
+    for path in [folder / RECORDS, folder / TRAINER_STATE_NAME, *folder.glob("*_results.json")]:
+        # What is newer is this run's, of an evaluation before training.
+        if path.is_file() and path.stat().st_mtime < vars(trainer).get("_made_at", math.inf):
+            os.replace(path, path.with_name(f"{path.name}.old"))
 
 
 def run_epoch(trainer: Trainer, original: Callable[..., None], *args: Any, **kwargs: Any) -> None:
@@ -127,7 +172,7 @@ def load_from_checkpoint(
     standardize_model(trainer)
     folder = Path(resume_from_checkpoint)
     if not is_sharded(trainer):
-        check_resumable(folder, trainer.args.process_index)
+        check_resumable(folder)
     _load(trainer, folder, lambda: original(resume_from_checkpoint, model))
 
 

@@ -107,7 +107,7 @@ def check_raw_weights(model: nn.Module, folder: Path) -> None:
         raise ValueError(f"Checkpoint {folder} was trained with weight_standardization {modes}, not {_modes(model)}")
 
 
-def last_complete_checkpoint(folder: Path, process_index: int) -> Path:
+def last_complete_checkpoint(folder: Path) -> Path:
     """The latest checkpoint in a run's folder that :func:`check_resumable` has nothing against.
 
     A process that is killed while it saves leaves one that is not complete; a warning names those that are passed over.
@@ -123,7 +123,7 @@ def last_complete_checkpoint(folder: Path, process_index: int) -> Path:
     refused = []
     for _, path in sorted(found.items(), reverse=True):
         try:
-            check_resumable(path, process_index)
+            check_resumable(path)
         except ValueError as error:
             refused.append(str(error))
             continue
@@ -134,7 +134,7 @@ def last_complete_checkpoint(folder: Path, process_index: int) -> Path:
     raise ValueError(f"No checkpoint to resume from in {folder} (start without resume_from_checkpoint){reasons}")
 
 
-def check_resumable(folder: Path, process_index: int) -> None:
+def check_resumable(folder: Path) -> None:
     """Raises ``ValueError`` unless a checkpoint has, undamaged, what the Trainer resumes from besides weights.
 
     It would itself begin with a new optimizer where there is none saved. ``trainer_state.json`` is what it writes last.
@@ -144,7 +144,9 @@ def check_resumable(folder: Path, process_index: int) -> None:
         json.loads((folder / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ValueError(f"{refusal}: {TRAINER_STATE_NAME} is missing or damaged: {error}") from None
-    for name in (OPTIMIZER_NAME, SCHEDULER_NAME, SCALER_NAME, "rng_state.pth", f"rng_state_{process_index}.pth"):
+    # Those of all processes, so that none goes on where another one cannot.
+    states = sorted(path.name for path in folder.glob("rng_state*.pth"))
+    for name in (OPTIMIZER_NAME, SCHEDULER_NAME, SCALER_NAME, *states):
         path = folder / name
         if path.is_file():
             # torch.save writes a zip archive, whose table of contents comes last.

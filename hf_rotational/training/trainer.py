@@ -26,8 +26,9 @@ class RotationalTrainerMixin(_Base):
     where ``args`` are no :class:`~hf_rotational.RotationalTrainingArguments` and name none. Attaches a
     :class:`~hf_rotational.RotationMonitor` (one in ``callbacks``, or one of its own by
     ``args.rotation_logging_steps``). Standardizes the model by ``args.weight_standardization`` when training begins.
-    Resumes exactly, or refuses a checkpoint that is damaged, incomplete or another model's. Everything else is the
-    Trainer's, so with another ``optim``, or with an optimizer passed in, it trains as the class it is mixed into.
+    Resumes exactly, or refuses a checkpoint that is damaged, incomplete or another model's, unless the class has
+    checkpoints of its own (``SentenceTransformerTrainer``, whose losses are trained with the model). Everything else is
+    the Trainer's, so with another ``optim``, or with an optimizer passed in, it trains as the class it is mixed into.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -38,10 +39,11 @@ class RotationalTrainerMixin(_Base):
         optim = self._rotational_optim()
         if self.optimizer is None and self.optimizer_cls_and_kwargs is None and optim is not None:
             opt_model: nn.Module = self.model if model is None else model  # type: ignore[assignment]
-            decays = frozenset(self.get_decay_parameter_names(opt_model))
-            self.optimizer = RotationalOptimizerFactory()(
-                opt_model, decays=decays.__contains__, **factory_kwargs(self.args, optim)
-            )
+            trained, settings = behavior.with_losses(self, opt_model), factory_kwargs(self.args, optim)
+            if trained is not opt_model:
+                settings["exclude"] = (*settings.get("exclude", ()), "^loss_")
+            decays = frozenset(self.get_decay_parameter_names(trained))
+            self.optimizer = RotationalOptimizerFactory()(trained, decays=decays.__contains__, **settings)
             return self.optimizer
         return super().create_optimizer(model)
 
@@ -62,11 +64,17 @@ class RotationalTrainerMixin(_Base):
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         behavior.run_epoch(self, super()._run_epoch, *args, **kwargs)
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        behavior.load_from_checkpoint(self, super()._load_from_checkpoint, resume_from_checkpoint, model)
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, *model: Any) -> None:
+        if behavior.loads_as_trainer(super()):
+            behavior.load_from_checkpoint(self, super()._load_from_checkpoint, resume_from_checkpoint, *model)
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, *model)
 
     def _load_best_model(self) -> None:
-        behavior.load_best_model(self, super()._load_best_model)
+        if behavior.loads_as_trainer(super()):
+            behavior.load_best_model(self, super()._load_best_model)
+        else:
+            super()._load_best_model()
 
     def init_hf_repo(self, *args: Any, **kwargs: Any) -> None:
         """Opens the repository on the Hub; raises ``UserError`` where there is none to be had."""

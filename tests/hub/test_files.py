@@ -18,12 +18,15 @@ PUBLISHED = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json"),
     *("vocab.txt", "merges.txt", "spiece.model", "sentencepiece.bpe.model", "source.spm", "chat_template.jinja"),
     *("additional_chat_templates/tools.jinja", "qformer_tokenizer/tokenizer.json"),
+    *("target_vocab.json", "entity_vocab.json", "tekken.json", "alphabet.json", "language_model/unigrams.txt"),
+    *("modules.json", "sentence_bert_config.json", "1_Pooling/config.json", "2_Dense/model.safetensors"),
+    *("mine/adapter_config.json", "mine/adapter_model.safetensors"),
 )
 KEPT_BACK = (
     *("training_args.bin", "optimizer.pt", "pytorch_model.bin", "notes.txt", ".env", "train.log", "script.py"),
     *("generated_predictions.txt", "demo.json", "rotation-report.html", "_rotational_weights.safetensors"),
     *("checkpoint-5/model.safetensors", "runs/events.out.tfevents.1.host.2.0", "adamw/config.json", ".git/config"),
-    *("qformer_tokenizer/notes.txt", "additional_chat_templates/.secret"),
+    *("qformer_tokenizer/notes.txt", "additional_chat_templates/.secret", "mine/optimizer.pt", "1_Pooling/notes.txt"),
 )
 
 
@@ -36,6 +39,11 @@ def make(folder: Path, *names: str) -> None:
 def test_a_run_is_published_without_what_else_lies_there(tmp_path: Path) -> None:
     make(tmp_path, *PUBLISHED, *KEPT_BACK)
     assert sorted(model_files(tmp_path, tmp_path)) == sorted(PUBLISHED)
+
+
+def test_an_adapter_by_any_name_is_a_model(tmp_path: Path) -> None:
+    make(tmp_path, "mine/adapter_config.json", "mine/adapter_model.safetensors")
+    assert sorted(model_files(tmp_path, tmp_path)) == ["mine/adapter_config.json", "mine/adapter_model.safetensors"]
 
 
 def test_the_models_own_code_is_published(tmp_path: Path) -> None:

@@ -10,9 +10,11 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 
+from hf_rotational import RotationalTrainingArguments
 from hf_rotational.cli import main
 from hf_rotational.hub import readme
 from hf_rotational.monitor.plots import plot_runs
@@ -180,6 +182,32 @@ def test_a_checkpoint(hub: Hub, run: Path) -> None:
     repository = hub.repositories["alice/tiny"]
     assert "| measured steps | 3, up to step 21 |" in repository.files["README.md"].decode()
     assert "rotation.png" in repository.files
+    lines = [json.loads(line) for line in repository.files["rotation.jsonl"].decode().splitlines()]
+    assert [line["step"] for line in lines[1:]] == [1, 11, 21]
+
+
+def test_the_best_checkpoint_is_published_with_its_own_evaluation(hub: Hub, run: Path) -> None:
+    state = json.loads((run / "trainer_state.json").read_text())
+    state["log_history"] += [
+        {"step": 30, "eval_loss": 1.5, "eval_runtime": 1.0},
+        {"step": 60, "eval_loss": 2.5, "eval_runtime": 1.0},
+        {"step": 60, "train_runtime": 1.0, "train_loss": 2.0},
+    ]
+    state["best_global_step"] = 30
+    (run / "trainer_state.json").write_text(json.dumps(state))
+
+    def losses(name: str) -> list[float]:
+        push(run, f"alice/{name}")
+        card = ModelCard(hub.repositories[f"alice/{name}"].files["README.md"].decode())
+        return [result.metric_value for result in card.data.eval_results if result.metric_type == "loss"]
+
+    assert losses("last") == [2.5]
+    best = {"load_best_model_at_end": True, "eval_strategy": "steps", "save_strategy": "steps"}
+    torch.save(RotationalTrainingArguments(str(run), use_cpu=True, **best), run / "training_args.bin")
+    assert losses("best") == [1.5]
+    state["log_history"].append({"step": 60, "eval_loss": 1.25})  # of the published model
+    (run / "trainer_state.json").write_text(json.dumps(state))
+    assert losses("evaluated") == [1.25]
 
 
 MINE = "---\nlicense: mit  # mine\ntags: [mine]\n---\n# Mine\n\nAs I wrote it.\n"

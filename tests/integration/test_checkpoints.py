@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -103,6 +104,46 @@ def test_resumed_equals_uninterrupted(tmp_path: Path, name: str, settings: dict[
     assert all(
         (parameter != before[name]).any() for name, parameter in whole.model.named_parameters() if name in before
     )
+
+
+def test_a_matrix_that_starts_at_zero_resumes_too(tmp_path: Path) -> None:
+    def begun(folder: Path) -> Any:
+        started = trainer(folder, **ROTATIONAL)
+        torch.nn.init.zeros_(started.model.get_parameter("transformer.h.0.mlp.c_fc.weight"))
+        return started
+
+    whole = begun(tmp_path)
+    whole.train()
+    resumed = begun(tmp_path)
+    resumed.train(resume_from_checkpoint=str(checkpoint(tmp_path)))
+    exactly_equal(parameters(resumed.model), parameters(whole.model))
+    assert whole.model.get_parameter("transformer.h.0.mlp.c_fc.weight").any()
+
+
+def test_what_another_process_cannot_resume_from_none_does(tmp_path: Path) -> None:
+    trainer(tmp_path, **ROTATIONAL).train()
+    last = checkpoint(tmp_path, STEPS)
+    (last / "rng_state_1.pth").write_bytes((last / "rng_state.pth").read_bytes()[:-100])
+    with pytest.raises(ValueError, match=r"checkpoint-6.*: rng_state_1\.pth is damaged"):
+        trainer(tmp_path, **ROTATIONAL).train(resume_from_checkpoint=str(last))
+    resumed = trainer(tmp_path, **ROTATIONAL)
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.state.global_step == STEPS
+
+
+def test_a_new_run_sets_aside_what_an_earlier_one_left_to_be_read(tmp_path: Path) -> None:
+    before = trainer(tmp_path, **ROTATIONAL)
+    before.train()
+    before.save_state()
+    before.save_metrics("eval", before.evaluate())
+    time.sleep(0.05)
+    anew = trainer(tmp_path, **ROTATIONAL)
+    anew.save_metrics("zero_shot", {"zero_shot_loss": 1.0})
+    anew.train()
+    found = {path.name for path in tmp_path.iterdir() if path.is_file()}
+    assert {"trainer_state.json.old", "rotation.jsonl.old", "eval_results.json.old"} < found
+    assert {"zero_shot_results.json", "rotation.jsonl"} < found
+    assert found.isdisjoint({"trainer_state.json", "eval_results.json"})
 
 
 def test_the_stock_loader_is_what_it_was_for_runs_that_do_not_ask(tmp_path: Path) -> None:
@@ -312,8 +353,22 @@ def test_an_optimizer_made_before_standardizing_is_refused(tmp_path: Path) -> No
         refused.train()
 
 
+class SaysWhereItBegins(TrainerCallback):
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        print(f"begins at step {state.global_step}")
+
+
 def train_in_two_processes(folder: str) -> None:
     """Trains whole and resumed runs on every rank, and compares them on each."""
+    killed = Path(folder, "killed")
+    trainer(killed, **ROTATIONAL).train()
+    last = checkpoint(killed, STEPS) / "rng_state_1.pth"
+    if torch.distributed.get_rank() == 1:
+        last.write_bytes(last.read_bytes()[:-100])
+    torch.distributed.barrier()
+    resumed = trainer(killed, **ROTATIONAL)
+    resumed.add_callback(SaysWhereItBegins())
+    resumed.train(resume_from_checkpoint=True)
     for name, settings in (("mixtral", ROTATIONAL), ("vit", STANDARDIZED)):
         whole = trainer(Path(folder, name), name, **settings)
         whole.train()
@@ -329,6 +384,7 @@ def train_in_two_processes(folder: str) -> None:
 )
 def test_in_two_processes_too(tmp_path: Path) -> None:
     printed = launch(__file__, 2, str(tmp_path))
+    assert printed.count(f"begins at step {SAVED}") == 2  # the last checkpoint is damaged for one of them
     for name in ("mixtral", "vit"):
         assert printed.count(f"{name} on 2 processes: resumed exactly") == 2
 

@@ -56,7 +56,7 @@ def trainer(folder: Path, setting: str) -> RotationalTrainer:
 def saved(folder: Path) -> int:
     """Step of the last complete checkpoint; 0 without one."""
     try:
-        return int(last_complete_checkpoint(folder, 0).name.split("-")[1])
+        return int(last_complete_checkpoint(folder).name.split("-")[1])
     except ValueError:
         return 0
 
@@ -123,12 +123,12 @@ def test_what_was_saved_last_is_passed_over_if_it_is_not_complete(tmp_path: Path
     one = trainer(tmp_path, "gains")
     one.args.max_steps = 6
     one.train()
-    complete = last_complete_checkpoint(tmp_path, 0)
+    complete = last_complete_checkpoint(tmp_path)
     assert complete.name == "checkpoint-6"
     (complete / "trainer_state.json").unlink()
     optimizer = tmp_path / "checkpoint-4" / "optimizer.pt"
     optimizer.write_bytes(optimizer.read_bytes()[:-100])
-    assert last_complete_checkpoint(tmp_path, 0).name == "checkpoint-2"
+    assert last_complete_checkpoint(tmp_path).name == "checkpoint-2"
     with pytest.raises(ValueError, match=r"checkpoint-4.*: optimizer\.pt is damaged"):
         trainer(tmp_path, "gains").train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
     (tmp_path / "checkpoint-2" / "scheduler.pt").unlink()

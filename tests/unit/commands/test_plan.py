@@ -47,7 +47,9 @@ def test_prints_the_plan_of_the_config_alone(folder: str, capsys: pytest.Capture
 def test_weights_tell_what_is_zero(folder: str, capsys: pytest.CaptureFixture[str]) -> None:
     run(folder, "--weights")
     text = capsys.readouterr().out
-    assert row(text, "bert.encoder.layer.0.output.dense.weight").endswith("no: zero at the start")
+    assert row(text, "bert.encoder.layer.0.output.dense.weight").endswith(
+        "yes: weight matrix, zero now: neurons that start at 0 take the plain step"
+    )
     assert "Without weights" not in text
 
 

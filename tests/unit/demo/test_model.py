@@ -2,6 +2,7 @@ import hashlib
 from pathlib import Path
 
 import pytest
+import torch
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
@@ -57,8 +58,10 @@ def test_a_model_without_padding_token_can_be_batched(tmp_path: Path) -> None:
     words = Tokenizer(WordLevel({"<end>": 0, "a": 1, "b": 2}, unk_token="<end>"))
     words.pre_tokenizer = Whitespace()
     PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<end>").save_pretrained(tmp_path)
-    GPT2Model(GPT2Config(vocab_size=3, n_embd=8, n_layer=1, n_head=1, n_positions=8)).save_pretrained(tmp_path)
+    body = GPT2Model(GPT2Config(vocab_size=3, n_embd=8, n_layer=1, n_head=1, n_positions=8))
+    body.bfloat16().save_pretrained(tmp_path)
     tokenizer = model.load_tokenizer(tmp_path)
     classifier = model.load_classifier(tmp_path, tokenizer, ["x", "y"], seed=0)
+    assert {parameter.dtype for parameter in classifier.parameters()} == {torch.float32}
     batch = tokenizer(["a b", "a"], padding=True, return_tensors="pt")
     assert classifier(**batch).logits.shape == (2, 2)

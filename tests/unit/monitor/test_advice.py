@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from hf_rotational.monitor.advice import PATIENCE, Adviser
+from hf_rotational.monitor.advice import PATIENCE, Adviser, holds_norms
 
 Layers = Mapping[str, Mapping[str, Any]]
 
@@ -30,9 +30,9 @@ def record(step: int = 1, layers: Layers | None = None, **values: Any) -> dict[s
     }
 
 
-def told(records: list[dict[str, Any]], low_precision: bool = False) -> list[str]:
+def told(records: list[dict[str, Any]], low_precision: bool = False, **options: bool) -> list[str]:
     said: list[str] = []
-    adviser = Adviser(said.append, low_precision)
+    adviser = Adviser(said.append, low_precision, **options)
     for entry in records:
         adviser.look(entry)
     return said
@@ -91,6 +91,13 @@ def test_a_layer_that_stops_later_is_told_too() -> None:
 )
 def test_nothing_is_told_without_a_fault(values: dict[str, Any]) -> None:
     assert told([record(step, **values) for step in range(STEPS)]) == []
+
+
+@pytest.mark.parametrize("settings", [{"gains": "learned"}, {"centering": "learned"}])
+def test_norms_that_are_learned_may_drift(settings: dict[str, str]) -> None:
+    layers = [{"learned": layer(norm=1 - 0.002 * step)} for step in range(STEPS)]
+    assert not holds_norms(settings)
+    assert told([record(step, layers[step]) for step in range(STEPS)], holds_norms=holds_norms(settings)) == []
 
 
 def test_norms_of_free_layers_may_drift() -> None:

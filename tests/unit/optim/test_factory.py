@@ -10,7 +10,7 @@ from torch import nn
 from transformers import Trainer, TrainingArguments
 from transformers.utils import logging as transformers_logging
 
-from hf_rotational import RotationalConfig, RotationalOptimizerFactory, equilibrium
+from hf_rotational import RotationalConfig, RotationalOptimizerFactory, equilibrium, plan
 from hf_rotational.optim.config import parse_optim_args
 from hf_rotational.optim.factory import factory_kwargs
 
@@ -63,6 +63,40 @@ def test_the_users_weight_decay_sets_the_angle_and_decays_the_rest(
     assert not [line for line in info_lines.messages if "angle_weight_decay" in line]
 
 
+def test_a_weight_decay_of_the_angles_own_wins(model: nn.Module) -> None:
+    optimizer = RotationalOptimizerFactory()(model, lr=5e-5, weight_decay=0.01, angle_weight_decay=0.2)
+    assert angle(optimizer) == equilibrium.adamw(lr=5e-5, weight_decay=0.2).rotation
+    assert {group["weight_decay"] for group in optimizer.param_groups if not group["rotational"]} == {0.01, 0.0}
+
+
+@pytest.mark.parametrize(
+    ("settings", "warned"),
+    [
+        ({"weight_decay": 0.01}, True),  # what tutorials set
+        ({"weight_decay": 0.0}, False),
+        ({"weight_decay": 0.05}, False),
+        ({"weight_decay": 0.01, "lr": 1e-2}, False),  # the angle is large enough
+        ({"weight_decay": 0.01, "rotation": "match"}, False),
+        ({"weight_decay": 0.01, "angle_weight_decay": 0.1}, False),
+    ],
+)
+def test_an_angle_that_is_small_for_fine_tuning_is_told(
+    settings: dict[str, Any], warned: bool, model: nn.Module, info_lines: pytest.LogCaptureFixture
+) -> None:
+    RotationalOptimizerFactory()(model, **{"lr": 5e-5, **settings})
+    told = [line for line in info_lines.messages if "weight_decay=0.01 makes the target angle 0.00023 rad" in line]
+    assert len(told) == warned
+
+
+def test_what_is_frozen_is_not_counted(model: nn.Module, info_lines: pytest.LogCaptureFixture) -> None:
+    for parameter in plan(model).rotating:
+        parameter.parameter.requires_grad_(False)
+    RotationalOptimizerFactory()(model, lr=5e-5)
+    (line,) = [line for line in info_lines.messages if line.startswith("RotationalAdamW")]
+    assert line.startswith("RotationalAdamW: of those that train, 0 of ")
+    assert line.endswith("every step is the plain optimizer's.")
+
+
 def test_undecayed_parameters_are_the_trainers(model: nn.Module) -> None:
     optimizer = RotationalOptimizerFactory()(model, lr=5e-5, weight_decay=0.2)
     undecayed = {id(p) for g in optimizer.param_groups if g["weight_decay"] == 0 for p in g["params"]}
@@ -100,8 +134,9 @@ def test_optim_args_are_read_and_checked(tmp_path: Path) -> None:
     args.optim = "rotational_adamw"
     kwargs = factory_kwargs(args)
     assert (kwargs["rotation"], kwargs["centering"], kwargs["embeddings"]) == ("match", "updates", True)
-    args.optim_args = "rotation=0.02"
+    args.optim_args = "rotation=0.02,angle_weight_decay=5e-2"
     assert factory_kwargs(args)["rotation"] == 0.02
+    assert factory_kwargs(args)["angle_weight_decay"] == 0.05
     args.optim_args = "rotatoin=match"
     with pytest.raises(ValueError, match=r"Unknown optim_args key: 'rotatoin' .*rotation, .*exclude"):
         factory_kwargs(args)
