@@ -109,8 +109,8 @@ def report(finished: Finished, figure: Figure) -> Iterator[Table]:
     if any(name in finished.outcomes for name in DETAILS):
         yield paired_table(f"Held-out loss relative to that of {REFERENCE}", finished, DETAILS, REFERENCE)
     left, right = figure.subplots(1, 2)
-    draw_over_rates(left, main, title="Fine-tuning MiniLM", ylabel="held-out loss")
-    draw_over_rates(right, main, "accuracy", title="Fine-tuning MiniLM", ylabel="accuracy")
+    draw_over_rates(left, main, title="Held-out loss", ylabel="loss")
+    draw_over_rates(right, main, "accuracy", title="Accuracy", ylabel="accuracy")
 
 
 def main() -> None:

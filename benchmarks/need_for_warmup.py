@@ -28,6 +28,7 @@ from benchmarks.reports import (
     Finished,
     command,
     draw_over_rates,
+    look,
     loss_table,
     spread,
     style,
@@ -59,11 +60,11 @@ PAIRS: Mapping[str, tuple[str, dict[str, object]]] = {
 METHODS = {
     f"{name}, {said}": method(optim, warmup, **settings)
     for name, (optim, settings) in PAIRS.items()
-    for said, warmup in (("10 % warmup", WARMUP), ("none", 0.0))
+    for said, warmup in (("10 % warmup", WARMUP), ("no warmup", 0.0))
 }
 BASELINE = "AdamW, 10 % warmup"
 
-GPU_METHODS = (BASELINE, "AdamW, none", "equilibrium, none")
+GPU_METHODS = (BASELINE, "AdamW, no warmup", "equilibrium, no warmup")
 GPU_LEARNING_RATES = (6e-4, 2e-3, 6e-3)
 GPU_SIZES = {field.name: field.default for field in fields(InstalledSources)}
 
@@ -135,7 +136,7 @@ def summary(finished: Finished) -> Iterator[tuple[str, ...]]:
 def cost_of_no_warmup(finished: Finished) -> Iterator[tuple[str, ...]]:
     """Loss without warmup relative to with it: at the same learning rate, and best against best."""
     for name in PAIRS:
-        with_it, without = f"{name}, 10 % warmup", f"{name}, none"
+        with_it, without = f"{name}, 10 % warmup", f"{name}, no warmup"
         if {with_it, without} <= finished.outcomes.keys():
             pairs = [(lr, lr) for lr in finished.learning_rates]
             pairs.append((finished.best(with_it), finished.best(without)))
@@ -166,8 +167,9 @@ def report(finished: Finished, figure: Figure) -> Iterator[Table]:
     left.set_ylim(low * 0.98, low * 1.4)
     for name in finished.outcomes:
         lr = finished.best(name)
-        right.plot(*finished.curve(name, lr), label=f"{name}, lr {lr:g}")
-    right.axhline(finished.mean(BASELINE, finished.best(BASELINE)), color="black", linewidth=0.8, linestyle="--")
+        right.plot(*finished.curve(name, lr), label=f"{name}, lr {lr:g}", **look(name))
+    goal = finished.mean(BASELINE, finished.best(BASELINE))
+    right.axhline(goal, color="black", linewidth=0.8, linestyle=":", label=f"final loss of {BASELINE}")
     style(right, title="At the best learning rate", xlabel="step", ylabel="held-out loss", ylim=(low * 0.98, low * 1.5))
 
 

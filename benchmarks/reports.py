@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 import os
+import re
 import statistics
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -172,12 +173,29 @@ def draw_over_rates(
     for name in names or finished.outcomes:
         rates = sorted(finished.outcomes.get(name, ()))
         means = [finished.mean(name, lr, quantity) for lr in rates]
-        (line,) = panel.plot(rates, means, marker="o", markersize=4, label=name)
+        (line,) = panel.plot(rates, means, marker="o", markersize=4, label=name, **look(name))
         ranges = [finished.values(name, lr, quantity).values() for lr in rates]
         panel.fill_between(rates, list(map(min, ranges)), list(map(max, ranges)), color=line.get_color(), alpha=0.15)
     style(panel, xlabel="learning rate", xscale="log", **properties)
     panel.set_xticks(finished.learning_rates, [f"{lr:g}" for lr in finished.learning_rates])
     panel.minorticks_off()
+
+
+def look(name: str) -> dict[str, str]:
+    """Color and line of a method, the same in every figure: grey is plain, blue equilibrium, orange match; dashed is
+    with warmup. Methods of other names take matplotlib's colors in turn."""
+    line = {"linestyle": "--" if "% warmup" in name else "-"}
+    if name.startswith("match"):
+        return {"color": "#d1662b", **line}
+    if name.startswith("equilibrium"):
+        decay = re.search(r"decay ([\d.e-]+)", name)
+        return {"color": SHADES.get(decay[1], BLUE) if decay else BLUE, **line}
+    return {"color": "#5f5f5f", **line} if re.match(r"(AdamW|Lion|SGD)(,|$)", name) else line
+
+
+BLUE = "#1f6fb4"
+SHADES = {"0.05": "#8fc1e3", "0.2": "#0b2f57"}
+"""Of weight decays that set the angle, other than the default's: those of the AdamW experiments."""
 
 
 def draw_at_rate(panel: Axes, finished: Finished, lr: float, **properties: Any) -> None:

@@ -25,8 +25,8 @@ PRODUCT = 1e-2  # the half-life is ln2/2 of its inverse: 35 steps
 LEARNING_RATES = (1e-3, 1e-2, 1e-1)
 METHODS: dict[str, Callable[[float], Method]] = {
     "AdamW, 10 % warmup": lambda lr: method("adamw", WARMUP, PRODUCT / lr),
-    "AdamW, none": lambda lr: method("adamw", 0.0, PRODUCT / lr),
-    "equilibrium, none": lambda lr: method(weight_decay=PRODUCT / lr),
+    "AdamW, no warmup": lambda lr: method("adamw", 0.0, PRODUCT / lr),
+    "equilibrium, no warmup": lambda lr: method(weight_decay=PRODUCT / lr),
 }
 
 

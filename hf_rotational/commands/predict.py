@@ -59,6 +59,11 @@ def register(commands: Any) -> None:
     parser.add_argument("--adam_beta2", type=float, default=0.999, help="of AdamW, Adam and Lion")
     parser.add_argument("--momentum", type=float, default=0.0, help="of SGD")
     parser.add_argument("--model", help="a model on the Hub, or a folder with a model; its weights are loaded")
+    parser.add_argument(
+        "--architecture",
+        metavar="CLASS",
+        help="its class, such as BertForSequenceClassification; by default the one the config names",
+    )
     parser.set_defaults(run=run)
 
 
@@ -82,7 +87,9 @@ def run(arguments: Namespace) -> None:
                 warmup_steps=arguments.warmup_steps,
             )
         )
-        layers = study_layers(_load(arguments.model), prediction) if arguments.model else None
+        if arguments.architecture and not arguments.model:
+            raise UserError("--architecture is of --model, which is not given")
+        layers = study_layers(_load(arguments.model, arguments.architecture), prediction) if arguments.model else None
     except ValueError as error:
         raise UserError(str(error)) from None
     console = Console(highlight=False, markup=False, soft_wrap=True)
@@ -96,12 +103,12 @@ def run(arguments: Namespace) -> None:
         console.print(fill(sentence, WIDTH, initial_indent="- ", subsequent_indent="  ", break_on_hyphens=False))
 
 
-def _load(name: str) -> Any:
+def _load(name: str, architecture: str | None) -> Any:
     from hf_rotational.commands.plan import build_model
     from hf_rotational.demo.model import quiet
 
     with quiet():
-        return build_model(name, None, weights=True)
+        return build_model(name, architecture, weights=True)
 
 
 def _heading(prediction: Prediction) -> str:

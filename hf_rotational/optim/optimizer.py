@@ -262,7 +262,7 @@ class RotationalOptimizer(torch.optim.Optimizer):
         elif rotation == "match":
             self._measure_match_rms()
             momentum = self.inner.momentum(group)
-            # Independent updates would give sqrt((1-b1)/(1+b1)); fine-tuning runs settle at twice that.
+            # Independent updates would give sqrt((1-b1)/(1+b1)); those of fine-tuning are larger (docs/equilibrium.md).
             angle = 2 * math.sqrt((1 - momentum) / (1 + momentum)) * lr / float(group["match_rms"])
         else:
             angle = float(rotation) * lr / float(group["peak_lr"])

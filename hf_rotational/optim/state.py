@@ -56,7 +56,7 @@ def check_state(state: State, parameter: Tensor, group: Group, inner: Inner, opt
         if state[name].shape != parameter.shape:
             raise ValueError(
                 f"Invalid state: {name} has shape {tuple(state[name].shape)} for a parameter of shape "
-                f"{tuple(parameter.shape)}, so it is of another model"
+                f"{tuple(parameter.shape)}, so it is of another model, or of an optimizer with other groups"
             )
 
 

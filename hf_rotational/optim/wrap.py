@@ -47,7 +47,7 @@ def rotational(
     Example::
 
         optimizer = rotational(torch.optim.NAdam)(plan(model).parameter_groups(), lr=1e-3, rotation="match")
-        optimizer = rotational(torch.optim.NAdam(model.parameters(), lr=1e-3), rotation=0.01)
+        optimizer = rotational(torch.optim.NAdam(plan(model).parameter_groups(), lr=1e-3), rotation=0.01)
 
     Args:
         optimizer: a class, of which the rotational class is returned (it takes the same arguments, and

@@ -20,7 +20,7 @@ from tokenizers.pre_tokenizers import Whitespace
 from torch import nn
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
-from benchmarks import fine_tuning, fine_tuning_more, need_for_warmup, reports, training, training_tasks
+from benchmarks import adamw_angle, fine_tuning, fine_tuning_more, need_for_warmup, reports, training, training_tasks
 from benchmarks.reports import Finished, differences, paired_table, student_95
 from benchmarks.training import Method, Results, Run, grid, optimizer_of, train
 from benchmarks.training_tasks import Classification, Images, LanguageModel, LoraClassification
@@ -196,6 +196,27 @@ def test_tables_of_the_docs_are_those_of_the_results(
     for section in text.split("\n## ")[1:]:  # what comes before is told in words of its own
         for line in section.splitlines():
             assert not line.startswith("|") or set(line) <= set("|-: ") or cells(line) in printed
+
+
+def test_the_table_of_adamws_angle_is_that_of_its_results(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["adamw_angle", "--report"])
+    adamw_angle.main()
+    printed = {cells(line) for line in capsys.readouterr().out.splitlines() if line.startswith("| b1")}
+    page = (training.ROOT / "docs" / "equilibrium.md").read_text("utf-8")
+    assert len(printed) == 6
+    assert printed <= {cells(line) for line in page.splitlines()}
+
+
+def test_adamws_first_updates_are_as_large_as_the_learning_rate(
+    monkeypatch: pytest.MonkeyPatch, bert: Classification
+) -> None:
+    monkeypatch.setattr(adamw_angle, "STEPS", 3)
+    monkeypatch.setattr(adamw_angle, "Classification", lambda: bert)
+    first, *later = adamw_angle.measure(0.9, 1e-3, seed=0)
+    assert first == pytest.approx(1.0, abs=0.02)
+    assert all(size < 1.0 for size in later)
 
 
 def cells(line: str) -> tuple[str, ...]:
