@@ -33,8 +33,9 @@ def center_(tensor: Tensor, dims: tuple[int, ...], fan_in: int) -> Sums[Tensor]:
 def neuron_norm(weight: Tensor, dims: tuple[int, ...], dtype: torch.dtype | None = None) -> Tensor:
     """Euclidean norm of every neuron, reduced dims kept with size 1; added up in ``dtype``, by default the weight's."""
     # Not torch's norm, which on CPUs adds up one after the other (of ten million entries it is off by 1e-3), and takes
-    # ten times as long for columns.
-    return weight.square().sum(dims, keepdim=True, dtype=dtype).sqrt_()
+    # ten times as long for columns. The root is not taken in place: of a sharded weight the squares are partial sums.
+    norm: Tensor = weight.square().sum(dims, keepdim=True, dtype=dtype).sqrt()
+    return norm
 
 
 def rotate_(
