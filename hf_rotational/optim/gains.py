@@ -44,7 +44,9 @@ class Coordinates:
         for name, grads in self.grads.items():
             values = [state[name] for state in states]
             moments = [{key: state[f"{name}_{key}"] for key in _moments(inner, own)} for state in states]
-            inner.descend_(values, inner.directions(list(grads), values, moments, own, rotates=False), own)
+            updates = [torch.empty_like(value) for value in values]
+            inner.directions_into(updates, list(grads), values, moments, own, rotates=False)
+            inner.descend_(values, updates, own)
 
     def put_together_(self, weight: Tensor, states: list[State], smallest: float) -> None:
         """Gives turned weights, in place, the norms and means that have been learned.

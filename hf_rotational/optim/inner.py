@@ -1,6 +1,6 @@
 """Inner updates: what an optimizer does with gradients before anybody thinks of spheres.
 
-An inner keeps its moments in each parameter's state and returns *directions*: its updates without learning rate and,
+An inner keeps its moments in each parameter's state and gives *directions*: its updates without learning rate and,
 for tensors that rotate, without weight decay. Everything works on lists of tensors of one dtype and device, so that the
 same lines run tensor by tensor or as multi-tensor calls.
 """
@@ -18,6 +18,7 @@ from hf_rotational import equilibrium
 
 Group = dict[str, Any]
 State = dict[str, Any]
+Tensors = list[Tensor]
 
 
 class Inner(ABC):
@@ -37,12 +38,13 @@ class Inner(ABC):
         """Raises ``ValueError`` for a hyperparameter of the group that makes no sense, naming it and its value."""
 
     @abstractmethod
-    def directions(
-        self, grads: list[Tensor], weights: list[Tensor], states: list[State], group: Group, *, rotates: bool
-    ) -> list[Tensor]:
-        """Updates the moments and returns new tensors: what to subtract, per unit of learning rate.
+    def directions_into(
+        self, updates: Tensors, grads: Tensors, weights: Tensors, states: list[State], group: Group, *, rotates: bool
+    ) -> None:
+        """Updates the moments and writes directions: what to subtract, per unit of learning rate.
 
         Args:
+            updates: where to write them.
             grads: gradients, in the dtype of the states.
             weights: the weights, for L2 regularization.
             states: one dict a tensor, all of one age; ``state["step"]`` has counted this step.
@@ -55,7 +57,7 @@ class Inner(ABC):
         lr = float(group["lr"])
         if lr == 0:
             return
-        if self.decoupled:
+        if self.decoupled and group["weight_decay"] != 0:
             torch._foreach_mul_(weights, 1 - lr * group["weight_decay"])
         torch._foreach_add_(weights, updates, alpha=-lr)
 
@@ -89,22 +91,23 @@ class AdamW(Inner):
                 "rotational(torch.optim.AdamW) and rotational(torch.optim.Adam))"
             )
 
-    def directions(
-        self, grads: list[Tensor], weights: list[Tensor], states: list[State], group: Group, *, rotates: bool
-    ) -> list[Tensor]:
-        return self._adam(grads, grads, states, group)
+    def directions_into(
+        self, updates: Tensors, grads: Tensors, weights: Tensors, states: list[State], group: Group, *, rotates: bool
+    ) -> None:
+        self._adam_(updates, grads, grads, states, group)
 
-    def _adam(self, grads: list[Tensor], squared: list[Tensor], states: list[State], group: Group) -> list[Tensor]:
+    def _adam_(self, updates: Tensors, grads: Tensors, squared: Tensors, states: list[State], group: Group) -> None:
         (beta1, beta2), eps, step = group["betas"], group["eps"], step_of(states)
         means = [state["exp_avg"] for state in states]
         squares = [state["exp_avg_sq"] for state in states]
-        if squared is grads and fit_kernel([*grads, *means, *squares]):
+        if squared is grads and fit_kernel([*updates, *grads, *means, *squares]):
             # What torch's AdamW makes of zeros at learning rate -1: the same in one pass over memory.
-            updates, count = zeros_like(means), torch.tensor(step, dtype=torch.float32)
+            torch._foreach_zero_(updates)
+            count = torch.tensor(step, dtype=torch.float32)
             numbers = {"lr": -1.0, "beta1": beta1, "beta2": beta2, "eps": eps, "weight_decay": 0.0}
             counts = [count] * len(means)
             torch._fused_adamw_(updates, grads, means, squares, [], counts, **numbers, amsgrad=False, maximize=False)
-            return updates
+            return
         torch._foreach_lerp_(means, grads, 1 - beta1)
         torch._foreach_mul_(squares, beta2)
         torch._foreach_addcmul_(squares, squared, squared, 1 - beta2)
@@ -113,7 +116,7 @@ class AdamW(Inner):
         corrected = 1 - beta1**step
         torch._foreach_mul_(roots, corrected / math.sqrt(1 - beta2**step))
         torch._foreach_add_(roots, corrected * eps)
-        return list(torch._foreach_div(means, roots))
+        torch._foreach_copy_(updates, torch._foreach_div(means, roots))
 
     def rotation(self, group: Group, lr: float) -> float:
         return known(equilibrium.adamw(lr=lr, weight_decay=group["weight_decay"], betas=group["betas"]).rotation)
@@ -136,11 +139,11 @@ class Adam(AdamW):
 
     decoupled = False
 
-    def directions(
-        self, grads: list[Tensor], weights: list[Tensor], states: list[State], group: Group, *, rotates: bool
-    ) -> list[Tensor]:
+    def directions_into(
+        self, updates: Tensors, grads: Tensors, weights: Tensors, states: list[State], group: Group, *, rotates: bool
+    ) -> None:
         regularized = with_l2(grads, weights, group)
-        return self._adam(grads if rotates else regularized, regularized, states, group)
+        self._adam_(updates, grads if rotates else regularized, regularized, states, group)
 
 
 class SGD(Inner):
@@ -166,21 +169,23 @@ class SGD(Inner):
                 f"dampening={group['dampening']} (Nesterov needs momentum > 0 and dampening 0)"
             )
 
-    def directions(
-        self, grads: list[Tensor], weights: list[Tensor], states: list[State], group: Group, *, rotates: bool
-    ) -> list[Tensor]:
+    def directions_into(
+        self, updates: Tensors, grads: Tensors, weights: Tensors, states: list[State], group: Group, *, rotates: bool
+    ) -> None:
         if not rotates:
             grads = with_l2(grads, weights, group)
         if not group["momentum"]:
-            return list(torch._foreach_mul(grads, 1.0))  # copies: the caller overwrites updates
+            torch._foreach_copy_(updates, grads)
+            return
         buffers = [state["momentum_buffer"] for state in states]
         # The first gradient enters undamped, as in torch.
         new = 1.0 if step_of(states) == 1 else 1.0 - group["dampening"]
         torch._foreach_mul_(buffers, group["momentum"])
         torch._foreach_add_(buffers, grads, alpha=new)
+        torch._foreach_copy_(updates, buffers)
         if group["nesterov"]:
-            return list(torch._foreach_add(grads, buffers, alpha=group["momentum"]))
-        return list(torch._foreach_mul(buffers, 1.0))  # copies: the caller overwrites updates
+            torch._foreach_mul_(updates, group["momentum"])
+            torch._foreach_add_(updates, grads)
 
     def rotation(self, group: Group, lr: float) -> float:
         record = equilibrium.sgdm(lr=lr, weight_decay=group["weight_decay"], momentum=group["momentum"])
@@ -213,15 +218,15 @@ class Lion(Inner):
     def check(self, group: Group) -> None:
         check_betas(group["betas"])
 
-    def directions(
-        self, grads: list[Tensor], weights: list[Tensor], states: list[State], group: Group, *, rotates: bool
-    ) -> list[Tensor]:
+    def directions_into(
+        self, updates: Tensors, grads: Tensors, weights: Tensors, states: list[State], group: Group, *, rotates: bool
+    ) -> None:
         beta1, beta2 = group["betas"]
         means = [state["exp_avg"] for state in states]
-        updates = list(torch._foreach_lerp(means, grads, 1 - beta1))
+        torch._foreach_copy_(updates, means)
+        torch._foreach_lerp_(updates, grads, 1 - beta1)
         torch._foreach_sign_(updates)
         torch._foreach_lerp_(means, grads, 1 - beta2)
-        return updates
 
     def rotation(self, group: Group, lr: float) -> float:
         return known(equilibrium.lion(lr=lr, weight_decay=group["weight_decay"], betas=group["betas"]).rotation)
@@ -252,13 +257,6 @@ def fit_kernel(tensors: list[Tensor]) -> bool:
     """Whether torch's fused kernels on CPUs can take tensors: each in one piece, in the order of its dims."""
     on_cpu = tensors[0].device.type == "cpu" and not torch.compiler.is_compiling()
     return on_cpu and all(tensor.is_contiguous() for tensor in tensors)
-
-
-def zeros_like(tensors: list[Tensor]) -> list[Tensor]:
-    """Zeros of the shapes of tensors, in one piece of memory."""
-    sizes = [tensor.numel() for tensor in tensors]
-    pieces = torch.split(tensors[0].new_zeros(sum(sizes)), sizes)
-    return [piece.view(tensor.shape) for piece, tensor in zip(pieces, tensors, strict=True)]
 
 
 def with_l2(grads: list[Tensor], weights: list[Tensor], group: Group) -> list[Tensor]:

@@ -316,18 +316,22 @@ class RotationalOptimizer(torch.optim.Optimizer):
         """Those of a group's parameters that have a gradient, in lists that can step together, with the dims they
         span."""
         buckets: dict[Any, list[Tensor]] = {}
+        spans: dict[torch.Size, tuple[int, ...]] = {}
         for parameter in parameters:
             if parameter.grad is None:
                 continue
-            dims = neuron_span(parameter, group)
+            shape = parameter.shape
+            if shape not in spans:
+                spans[shape] = neuron_span(parameter, group)
+            dims = spans[shape]
             key: Any = (dims, parameter)
             if multi_tensor(parameter, group):
                 state = self.state[parameter]
                 # Rotating tensors are stacked, so they must also agree in shape.
                 history = tuple([int(state[name]) for name in HISTORY if name in state])
-                spread = (getattr(parameter, "placements", None), getattr(parameter, "device_mesh", None))
-                shape = parameter.shape if dims else None
-                key = (dims, parameter.device, parameter.dtype, spread, history, tuple(state), shape)
+                spread = (parameter.placements, parameter.device_mesh) if is_sharded(parameter) else None  # type: ignore[attr-defined]
+                like = (dims, parameter.device, parameter.dtype, spread, history, tuple(state))
+                key = (*like, shape) if dims else like
             buckets.setdefault(key, []).append(parameter)
         for key, parameters in buckets.items():
             yield parameters, key[0]

@@ -29,9 +29,12 @@ def sum_dtype(tensor: Tensor) -> torch.dtype:
 
 
 def read(parameter: Tensor, state: dict[str, Any], rounding: str) -> Tensor:
-    """The weight in the dtype to compute in: the parameter itself where that is its own dtype."""
-    weight = parameter.detach().to(compute_dtype(parameter))
-    if rounding == "kahan" and weight.dtype != parameter.dtype and COMPENSATION in state:
+    """The weight of a detached parameter in the dtype to compute in: the parameter itself where that is its own."""
+    dtype = compute_dtype(parameter)
+    if parameter.dtype == dtype:
+        return parameter
+    weight = parameter.to(dtype)
+    if rounding == "kahan" and COMPENSATION in state:
         weight += state[COMPENSATION]
     return weight
 

@@ -22,6 +22,9 @@ def reduced_dims(ndim: int, neuron_dims: tuple[int, ...]) -> tuple[int, ...]:
 ROUNDING_SQ = 64.0
 """What a projection leaves of a vector it should annihilate: 8 units of rounding, squared."""
 
+SHORT = 4096
+"""Entries of a neuron up to which torch's norm is as exact as its sum."""
+
 
 def center_(tensor: Tensor, dims: tuple[int, ...], fan_in: int) -> Sums[Tensor]:
     """Subtracts from every neuron the mean of its ``fan_in`` entries, in place; returns the means."""
@@ -36,6 +39,15 @@ def neuron_norm(weight: Tensor, dims: tuple[int, ...], dtype: torch.dtype | None
     # ten times as long for columns. The root is not taken in place: of a sharded weight the squares are partial sums.
     norm: Tensor = weight.square().sum(dims, keepdim=True, dtype=dtype).sqrt()
     return norm
+
+
+def size_sq_of(tensor: Tensor, dims: tuple[int, ...], fan_in: int) -> Tensor:
+    """Squared norm of every neuron of ``fan_in`` entries, reduced dims kept with size 1."""
+    if dims == tuple(range(tensor.ndim - len(dims), tensor.ndim)) and fan_in <= SHORT:
+        # On a CPU five times as fast as what is below, and as exact while neurons are short and lie in one piece.
+        norm: Tensor = torch.linalg.vector_norm(tensor, dim=dims, keepdim=True)
+        return norm.square_()
+    return tensor.square().sum(dims, keepdim=True)
 
 
 def rotate_(
@@ -99,7 +111,7 @@ def rotate_(
     if mean is not None:
         removed_sq += mean.square() * fan_in
     update.addcmul_(weight, radial, value=-1)
-    size_sq = yield update.square().sum(dims, keepdim=True)
+    size_sq = yield size_sq_of(update, dims, fan_in)
     # Scaled up to the target angle, the rounding of a purely radial or constant update would be a full step of noise.
     is_noise = (size_sq > removed_sq.mul_(ROUNDING_SQ * torch.finfo(size_sq.dtype).eps ** 2)).logical_not_()
     late_size_sq = size_sq.masked_fill(is_noise, 0.0)
@@ -117,6 +129,6 @@ def rotate_(
     stays = is_noise.logical_or_(rests)
     length = (norm / size).mul_(angle).masked_fill_(stays, 0.0).masked_fill_(rests, lr)
     weight.addcmul_(update, length, value=-1)
-    reached = (yield weight.square().sum(dims, keepdim=True)).sqrt()
+    reached = (yield size_sq_of(weight, dims, fan_in)).sqrt()
     # Rescaling a neuron that did not move would still round it, so it is left alone.
     weight.mul_((norm / reached).masked_fill_(stays, 1.0))

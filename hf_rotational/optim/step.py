@@ -74,7 +74,8 @@ class Step:
         if turn:
             yield from turn.take(weights, grads, states)
         else:
-            updates = self.inner.directions(grads, weights, states, self.group, rotates=False)
+            updates = [torch.empty_like(weight) for weight in weights]
+            self.inner.directions_into(updates, grads, weights, states, self.group, rotates=False)
             self.inner.descend_(weights, updates, self.group)
         if self.moves:
             for part, weight in zip(parts, weights, strict=True):
@@ -197,8 +198,10 @@ class _Turn:
         learned.put_together_(weight, states, self.smallest)
 
     def _directions(self, weight: Tensor, grads: list[Tensor], states: list[State]) -> Tensor:
-        weights = list(weight.unbind())
-        return stacked(self.step.inner.directions(grads, weights, states, self.step.group, rotates=True))
+        update = torch.empty_like(weight)
+        weights, updates = list(weight.unbind()), list(update.unbind())
+        self.step.inner.directions_into(updates, grads, weights, states, self.step.group, rotates=True)
+        return update
 
     def _rotate(self, weight: Tensor, update: Tensor, grads: list[Tensor], states: list[State]) -> Sums[None]:
         inner, group = self.step.inner, self.step.group

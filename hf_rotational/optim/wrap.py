@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any, ClassVar, overload
 
+import torch
 from torch import Tensor
 from torch.optim import LBFGS, Optimizer
 from torch.optim.optimizer import ParamsT
@@ -14,7 +15,7 @@ from typing_extensions import Unpack
 from hf_rotational.optim import inner as inners
 from hf_rotational.optim.gains import learns
 from hf_rotational.optim.groups import neuron_span, settings
-from hf_rotational.optim.inner import Group, State
+from hf_rotational.optim.inner import Group, State, Tensors
 from hf_rotational.optim.optimizer import RotationalOptimizer
 from hf_rotational.optim.optimizers import OptimizerOptions
 from hf_rotational.optim.precision import compute_dtype, prepare, read, write
@@ -99,10 +100,10 @@ class _WrappedInner(inners.Inner):
                 "rotation=<radians per step>"
             )
 
-    def directions(
-        self, grads: list[Tensor], weights: list[Tensor], states: list[State], group: Group, *, rotates: bool
-    ) -> list[Tensor]:
-        return [state[_UPDATE] for state in states]
+    def directions_into(
+        self, updates: Tensors, grads: Tensors, weights: Tensors, states: list[State], group: Group, *, rotates: bool
+    ) -> None:
+        torch._foreach_copy_(updates, [state[_UPDATE] for state in states])
 
     def rotation(self, group: Group, lr: float) -> float:
         assert self.closed_form is not None
@@ -193,7 +194,7 @@ def _in_float32(parameter: Tensor, state: State, rounding: str, place: int, *, m
     """Within, a 16-bit parameter and its gradient are float32; afterwards it holds the result, rounded, if it moves."""
     data, grad = parameter.data, parameter.grad
     assert grad is not None
-    weight = read(parameter, state, rounding)
+    weight = read(data, state, rounding)
     # A gradient must have its parameter's dtype at every moment.
     parameter.grad = None
     parameter.data, parameter.grad = weight, grad.to(weight.dtype)
