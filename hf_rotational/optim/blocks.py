@@ -23,8 +23,8 @@ from torch import Tensor
 from hf_rotational.optim.inner import State
 from hf_rotational.optim.sharding import Sums, send
 
-BLOCK = 1 << 18
-"""Entries of a block: 1 MB in float32, of which an operation needs two or three. Smaller ones cost more operations."""
+BLOCK = 1 << 19
+"""Entries of a block: 2 MB in float32, of which an operation needs two or three. Smaller ones cost more operations."""
 PANEL = 1 << 22
 """Entries of the blocks that are stepped side by side. Their updates are the largest temporary, 16 MB in float32."""
 

@@ -315,6 +315,7 @@ class RotationalOptimizer(torch.optim.Optimizer):
     def _alike(self, group: Group, parameters: list[Tensor]) -> Iterator[tuple[list[Tensor], tuple[int, ...]]]:
         """Those of a group's parameters that have a gradient, in lists that can step together, with the dims they
         span."""
+        together = group["backend"] != "eager"
         buckets: dict[Any, list[Tensor]] = {}
         spans: dict[torch.Size, tuple[int, ...]] = {}
         for parameter in parameters:
@@ -325,7 +326,8 @@ class RotationalOptimizer(torch.optim.Optimizer):
                 spans[shape] = neuron_span(parameter, group)
             dims = spans[shape]
             key: Any = (dims, parameter)
-            if multi_tensor(parameter, group):
+            # On a CPU eager does as well: it takes its steps in blocks, and those hold many small tensors.
+            if together or parameter.device.type == "cpu":
                 state = self.state[parameter]
                 # Rotating tensors are stacked, so they must also agree in shape.
                 history = tuple([int(state[name]) for name in HISTORY if name in state])
@@ -378,11 +380,6 @@ class RotationalOptimizer(torch.optim.Optimizer):
 def matrix_shapes(group: Group) -> list[torch.Size]:
     """Shapes of a group's parameters that have the two dims it takes to rotate."""
     return [parameter.shape for parameter in group["params"] if parameter.ndim >= 2]
-
-
-def multi_tensor(parameter: Tensor, group: Group) -> bool:
-    """Whether the group's backend steps this parameter together with others, as each does on a CPU, in blocks."""
-    return group["backend"] != "eager" or parameter.device.type == "cpu"
 
 
 def rms_of(parameters: list[Tensor]) -> list[float]:

@@ -59,7 +59,9 @@ def local(tensor: Tensor) -> Tensor:
 
 def local_as(tensor: Tensor, parameter: Tensor) -> Tensor:
     """The part of a tensor that belongs to the parameter's part on this rank."""
-    if is_sharded(tensor) and is_sharded(parameter) and tensor.placements != parameter.placements:  # type: ignore[attr-defined]
+    if not is_sharded(tensor):
+        return tensor
+    if is_sharded(parameter) and tensor.placements != parameter.placements:  # type: ignore[attr-defined]
         tensor = tensor.redistribute(placements=parameter.placements)  # type: ignore[attr-defined]
     return local(tensor)
 

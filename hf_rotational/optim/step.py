@@ -111,8 +111,9 @@ class Step:
 
     def _grad(self, parameter: Tensor) -> Tensor:
         check_dense(parameter)
-        assert parameter.grad is not None
-        return local_as(parameter.grad, parameter)
+        grad = parameter.grad
+        assert grad is not None
+        return local_as(grad, parameter)
 
     def _prepare_moments(self, state: State, part: Tensor) -> None:
         """Makes what is missing, so that moments another optimizer left are taken over as they are."""
