@@ -1,11 +1,12 @@
 """What a step of every optimizer costs on a CPU, against torch's fused AdamW (docs/speed.md).
 
-    python -m benchmarks.optimizer_speed            # or: make bench; about three minutes on two cores
+    python -m benchmarks.optimizer_speed            # or: make bench; about ten minutes on two cores
     python -m benchmarks.optimizer_speed --report   # the tables of the results file
 
 Each optimizer takes turns with torch's fused AdamW on the same weights in one process, and the ratio counts, so that
 what else the machine does hits both alike: of the medians of processor time on one thread, of the least wall time on
-more. Prints tables and writes benchmarks/results/optimizer_speed.json.
+more. How fast memory is changes over minutes where machines are shared, so all of it is measured in several rounds, of
+which the median counts. Prints tables and writes benchmarks/results/optimizer_speed.json.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ from hf_rotational import RotationalAdamW, RotationalLion, RotationalSGD, plan
 
 RESULTS = Path(__file__).parent / "results" / "optimizer_speed.json"
 SECONDS, FEWEST, MOST = 2.0, 3, 40  # of turns of a pair, and how many turns
+ROUNDS = 3
 LR, WEIGHT_DECAY = 1e-4, 0.1
 
 
@@ -166,8 +168,8 @@ def steps() -> Iterator[dict[str, Any]]:
                     }
 
 
-def training_step_ms(name: str) -> float:
-    """Forward and backward pass on one thread, median."""
+def training_step_ms(name: str) -> tuple[float, float]:
+    """Forward and backward pass on one thread, median, and the baseline's step, measured after it."""
     torch.set_num_threads(1)
     model, times = MODELS[name](), []
     tokens = torch.randint(10_000, BATCHES[name], generator=torch.Generator().manual_seed(0))
@@ -176,7 +178,18 @@ def training_step_ms(name: str) -> float:
         start = time.thread_time()
         model(input_ids=tokens, labels=labels).loss.backward()
         times.append(time.thread_time() - start)
-    return 1e3 * median(times[1:])
+    return 1e3 * median(times[1:]), take_turns(model, BASELINE, 1)["ms"]
+
+
+def shares(rows: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """What steps take of a whole training step, from their ratios, which do not change with the machine's speed."""
+    for model in BATCHES:
+        passes, baseline = training_step_ms(model)
+        for row in rows:
+            if row["model"] == model and row["threads"] == 1:
+                step = row["ratio"] * baseline
+                share = step / (step + passes)
+                yield {"model": model, "optimizer": row["optimizer"], "share": share, "passes_ms": passes}
 
 
 def first_use_seconds() -> float:
@@ -195,31 +208,23 @@ def first_use_seconds() -> float:
 
 def measure() -> dict[str, Any]:
     """Everything, as the results file has it; says how far it is."""
+    rounds: dict[tuple[str, int, str], list[dict[str, Any]]] = {}
+    for number in range(ROUNDS):
+        for row in steps():
+            rounds.setdefault((row["model"], row["threads"], row["optimizer"]), []).append(row)
+            label = f"{number + 1}: {row['optimizer']}, {row['model']}, {row['threads']} threads"
+            print(f"{label:<68} {row['ms']:9.2f} ms {row['ratio']:6.2f} x", flush=True)
     rows = []
-    for row in steps():
-        rows.append(row)
-        label = f"{row['optimizer']}, {row['model']}, {row['threads']} threads"
-        print(f"{label:<65} {row['ms']:9.2f} ms {row['ratio']:6.2f} x", flush=True)
-    shares = []
-    for model in BATCHES:
-        passes = training_step_ms(model)
-        shares += [
-            {
-                "model": model,
-                "optimizer": row["optimizer"],
-                "share": row["ms"] / (row["ms"] + passes),
-                "passes_ms": passes,
-            }
-            for row in rows
-            if row["model"] == model and row["threads"] == 1
-        ]
+    for each in rounds.values():
+        ratios = sorted(row["ratio"] for row in each)
+        rows.append({**next(row for row in each if row["ratio"] == ratios[len(each) // 2]), "rounds": ratios})
     machine = {
         "processor": platform.processor() or platform.machine(),
         "cores": os.cpu_count(),
         "torch": torch.__version__,
         "python": platform.python_version(),
     }
-    return {"machine": machine, "steps": rows, "shares": shares, "first_use_seconds": first_use_seconds()}
+    return {"machine": machine, "steps": rows, "shares": [*shares(rows)], "first_use_seconds": first_use_seconds()}
 
 
 def report(result: dict[str, Any]) -> Iterator[Table]:
@@ -235,7 +240,15 @@ def report(result: dict[str, Any]) -> Iterator[Table]:
             yield optimizer, str(threads), *times, "" if memory is None else f"{memory:.0f}"
 
     yield table("Time of one step", ("", "threads", *MODELS, "temporaries on GPT-2, MB"), ratios())
-    shares = {(row["optimizer"], row["model"]): row["share"] for row in result["shares"]}
+
+    def ranges() -> Iterator[tuple[str, ...]]:
+        for optimizer, threads in lines:
+            if optimizer in FUSED or optimizer.startswith("reads and writes"):
+                ratios = (cells[optimizer, threads, model]["rounds"] for model in MODELS)
+                yield optimizer, str(threads), *(f"{least:.2f} to {most:.2f}" for least, *_, most in ratios)
+
+    yield table("The least and the most of the rounds", ("", "threads", *MODELS), ranges())
+    parts = {(row["optimizer"], row["model"]): row["share"] for row in result["shares"]}
     optimizers = dict.fromkeys(row["optimizer"] for row in result["shares"])
     yield table(
         "Share of a training step",
@@ -243,7 +256,7 @@ def report(result: dict[str, Any]) -> Iterator[Table]:
         (
             (
                 optimizer,
-                *(f"{shares[optimizer, model]:.1%}" if (optimizer, model) in shares else "" for model in BATCHES),
+                *(f"{parts[optimizer, model]:.1%}" if (optimizer, model) in parts else "" for model in BATCHES),
             )
             for optimizer in optimizers
         ),

@@ -42,7 +42,9 @@ def test_every_optimizer_is_measured_and_reported(
     monkeypatch.setattr(optimizer_speed, "BATCHES", {})
     monkeypatch.setattr(optimizer_speed, "first_use_seconds", lambda: 1.5)
     optimizer_speed.main()
-    measured = {row["optimizer"] for row in json.loads(file.read_text("utf-8"))["steps"]}
+    rows = json.loads(file.read_text("utf-8"))["steps"]
+    assert all(row["ratio"] in row["rounds"] and len(row["rounds"]) == optimizer_speed.ROUNDS for row in rows)
+    measured = {row["optimizer"] for row in rows}
     assert measured == {"torch AdamW fused", *optimizer_speed.OPTIMIZERS}
     out = capsys.readouterr().out
     assert all(f"| {name} " in out for name in measured)
