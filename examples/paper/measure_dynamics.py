@@ -23,6 +23,7 @@ import torch
 from datasets import Dataset
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
 from rich.console import Console
 from rich.table import Table
 from transformers import (
@@ -121,7 +122,10 @@ def draw(panel: Axes, runs: dict[str, RunRecords], quantity: str, title: str) ->
         for index, values in enumerate(relative(run, quantity).values()):
             panel.plot(steps, values, color=COLORS[optim], linewidth=0.9, label=NAMES[optim] if not index else None)
     panel.axhline(1.0, color="black", linestyle=(0, (4, 3)), linewidth=1.2, label="predicted")
-    panel.set(title=title, xlabel="step", yscale="log")
+    panel.set(title=title, xlabel="step", ylabel=f"{quantity} / predicted {quantity}", yscale="log")
+    panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    panel.yaxis.set_major_formatter("{x:g}")
+    panel.minorticks_off()
     panel.grid(alpha=0.25, linewidth=0.5)
     panel.spines[["top", "right"]].set_visible(False)
 
@@ -153,7 +157,7 @@ def main() -> None:
     for row, (title, build) in enumerate({"GPT-2": gpt2, "ViT": vit}.items()):
         runs = {optim: measure(build, optim, arguments.steps) for optim in COLORS}
         for panel, quantity, what in zip(panels[row], ("norm", "angle"), ("norm", "angle per step"), strict=True):
-            draw(panel, runs, quantity, f"{title}: {what} of each layer over the prediction")
+            draw(panel, runs, quantity, f"{title}: {what} of each layer")
         for optim, run in runs.items():
             numbers = [f"{value:.2f}" for quantity in ("norm", "angle") for value in settled(relative(run, quantity))]
             table.add_row(title, NAMES[optim], *numbers)

@@ -383,12 +383,12 @@ def draw(final: dict[str, dict[Run, Outcome]], file: Path) -> None:
             else:
                 losses = torch.tensor([outcome.losses for outcome in outcomes]).mean(0)
                 panel.plot(torch.linspace(0, 100, len(losses)), losses, label=method)
-        panel.set_yscale("log")
         panel.grid(alpha=0.25, linewidth=0.5)
         panel.spines[["top", "right"]].set_visible(False)
         panel.legend(frameon=False, fontsize=8)
-    left.set(title=f"{BYTES}: angle of each neuron over the median", xlabel="neurons, in order (%)")
-    right.set(title=f"{GPT2}: training loss", xlabel="steps (%)")
+    left.set(title=BYTES, xlabel="neurons, in order (%)", ylabel="angle / median angle", yscale="log")
+    left.yaxis.set_major_formatter("{x:g}")
+    right.set(title=GPT2, xlabel="steps (%)", ylabel="training loss")
     file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file, dpi=130)
 
