@@ -164,7 +164,7 @@ def main() -> None:
     panels[0][1].legend(frameon=False)
     arguments.figure.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(arguments.figure, dpi=130)
-    Console(width=110).print(table)
+    Console(width=130).print(table)
 
 
 if __name__ == "__main__":
